@@ -1,0 +1,1 @@
+"""Exporters: PIFA models in formats of other runtimes."""

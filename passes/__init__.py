@@ -1,0 +1,1 @@
+"""Graph passes: each takes an FX graph and rewrites one pattern in it."""

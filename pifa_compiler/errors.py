@@ -1,0 +1,40 @@
+"""The errors that this package raises on purpose, all children of `PifaError`.
+
+Each message says what was wanted, what came, and what to do about it.
+"""
+
+
+class PifaError(Exception):
+    """Anything that this package refuses; catch this to catch them all."""
+
+
+class ConfigError(PifaError, ValueError):
+    """An option is outside its range, unknown, or matches nothing."""
+
+
+class RankError(PifaError, ValueError):
+    """A weight cannot be factorized at the rank or density asked for."""
+
+
+class CaptureError(PifaError):
+    """A model could not be captured as one graph of tensor operations."""
+
+
+class CalibrationError(PifaError):
+    """The calibration batches cannot be used: none, too short, of mixed shapes, or not finite."""
+
+
+class DataError(PifaError):
+    """A text source is missing, unreadable, empty or too short."""
+
+
+class CheckpointError(PifaError):
+    """A saved model is missing, damaged, of an unknown format, or would overwrite something."""
+
+
+class PassError(PifaError):
+    """A pass skipped a node under `strict=True`."""
+
+
+class ExportError(PifaError):
+    """A model cannot be written in the format asked for."""
