@@ -1,1 +1,13 @@
 """Graph passes: each takes an FX graph and rewrites one pattern in it."""
+
+from .canonicalize import Canonicalize as Canonicalize
+from .factorize_linear import FactorizeLinear as FactorizeLinear
+from .factorize_pair import FactorizePair as FactorizePair
+from .lower import Lower as Lower
+from .rewrite import Record as Record
+from .rewrite import Rewrite as Rewrite
+from .rewrite import Skip as Skip
+from .rewrite import run_passes as run_passes
+
+DEFAULT_PASSES: tuple[type[Rewrite], ...] = (Canonicalize, FactorizePair, FactorizeLinear, Lower)
+"""The pipeline, in order: pairs before single weights, since a pair's first weight has full rank by itself."""

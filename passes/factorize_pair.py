@@ -1,0 +1,52 @@
+"""FactorizePair: linear(linear(x, V), U, b) -> pifa::linear(x, w_pivot, coeff, order, b)."""
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..errors import RankError
+from ..factors import PifaFactors, factorize, stored_numbers
+from ..kernels import linear as _registers_the_operator  # noqa: F401
+from .rewrite import Rewrite, Skip
+from .weights import Weight, drop_weight, store_factors, weight_of
+
+aten = torch.ops.aten
+
+
+class FactorizePair(Rewrite):
+    """linear(linear(x, V), U, b), V [r, in], U [out, r] -> pifa::linear(x, w_pivot, coeff, order, b)."""
+
+    targets = (aten.linear.default,)
+
+    def match(self, gm: GraphModule, node: Node) -> tuple[Weight, Weight, PifaFactors] | Skip | None:
+        inner = node.args[0]
+        if not isinstance(inner, Node) or inner.target is not aten.linear.default:
+            return None
+        u, v = weight_of(gm, node.args[1]), weight_of(gm, inner.args[1])
+        if isinstance(u, Skip) or isinstance(v, Skip):
+            return u if isinstance(u, Skip) else v
+        if len(inner.users) > 1:
+            return Skip("the value between the two linears has another user")
+        if len(inner.args) > 2 and inner.args[2] is not None:
+            return Skip("there is a bias between the two linears")
+        if u.tensor.dtype is not v.tensor.dtype or u.tensor.device != v.tensor.device:
+            return Skip("the two weights differ in dtype or device")
+        (d_out, width), d_in = u.tensor.shape, v.tensor.shape[1]
+        if width >= min(d_out, d_in):
+            return Skip(f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs")
+        try:
+            factors = factorize((u.tensor, v.tensor))
+        except RankError as error:
+            return Skip(str(error))
+        pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)
+        if pifa >= pair:
+            return Skip(f"PIFA would store {pifa} numbers at rank {factors.rank}, the pair stores {pair}")
+        return u, v, factors
+
+    def rewrite(self, gm: GraphModule, node: Node, found: tuple[Weight, Weight, PifaFactors]) -> Node:
+        u, v, factors = found
+        bias = node.args[2] if len(node.args) > 2 else None
+        inner = node.args[0]
+        stored = store_factors(gm, u.name, factors)
+        drop_weight(gm, u, node)
+        drop_weight(gm, v, inner)
+        return gm.graph.call_function(torch.ops.pifa.linear.default, (inner.args[0], *stored, bias))

@@ -1,0 +1,180 @@
+"""How passes see weights: `weight_of` reads the weight of a linear, `store_factors` puts factors where it stood.
+
+Captures hand weights over in three ways: as attributes of the graph module (`get_attr`), as inputs of the graph that a
+caller binds to real tensors (`bind_inputs`), or computed in the graph. Fake tensors are never read.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from ..factors import PifaFactors
+from .rewrite import Skip
+
+aten = torch.ops.aten
+
+COMPUTED = Skip("weight is computed in the graph")
+CHANGED = Skip("weight is changed in the graph")
+
+_BOUND, _WITHHELD = "pifa_bound", "pifa_withheld"
+_IN_PLACE_OPERATORS = {name for name in dir(operator) if f"__{name}__" in dir(operator) and name.startswith("i")}
+_USES_VALUES = (aten.linear.default, aten.embedding.default, F.embedding)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of a linear.
+
+    Attributes:
+        name: of the attribute or of the graph input that holds it.
+        tensor: its values, [out, in]; a view where the stored weight is [in, out].
+        node: the `get_attr` or placeholder that holds it.
+    """
+
+    name: str
+    tensor: Tensor
+    node: Node
+
+
+def bind_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Tells passes which graph inputs are weights, and their values: the parameters and buffers among `example_inputs`."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        if _is_state(value):
+            node.meta[_BOUND] = value
+
+
+def withhold(node: Node, reason: Skip) -> None:
+    """Makes `weight_of` answer `reason` for the weight that `node` holds."""
+    node.meta[_WITHHELD] = reason
+
+
+def unbind_inputs(gm: GraphModule) -> None:
+    """Forgets what `bind_inputs` and `withhold` told, so that the graph keeps no weight alive."""
+    for node in gm.graph.nodes:
+        node.meta.pop(_BOUND, None)
+        node.meta.pop(_WITHHELD, None)
+
+
+def linear_weights(gm: GraphModule) -> dict[Node, int]:
+    """The `get_attr` nodes and bound inputs that are weights of canonical linears, and how many linears each feeds."""
+    uses: dict[Node, int] = {}
+    for linear in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        arg = linear.args[1]
+        node = arg.args[0] if isinstance(arg, Node) and arg.target is aten.t.default else arg
+        if tensor_at(gm, node) is not None:
+            uses[node] = uses.get(node, 0) + 1
+    return uses
+
+
+def tensor_at(gm: GraphModule, node: Any) -> Tensor | None:
+    """The parameter, buffer or constant that a `get_attr` or a bound input stands for; None for any other node."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get(_BOUND)
+    if node.op == "get_attr":
+        value = gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else None
+
+
+def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
+    """The weight that the second argument of a canonical linear stands for, or why it cannot be read."""
+    transposed = isinstance(arg, Node) and arg.target is aten.t.default
+    node = arg.args[0] if transposed else arg
+    tensor = tensor_at(gm, node)
+    if tensor is None:
+        return COMPUTED
+    if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
+        return Skip(f"weight is not a floating-point matrix: {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    if _WITHHELD in node.meta:
+        return node.meta[_WITHHELD]
+    if _is_written(node):
+        return CHANGED
+    values = tensor.detach()
+    return Weight(str(node.target), values.t() if transposed else values, node)
+
+
+def store_factors(gm: GraphModule, name: str, factors: PifaFactors) -> tuple[Node, Node, Node]:
+    """Keeps `factors` on `gm` beside the weight called `name`; returns the nodes of w_pivot, coeff and order."""
+    prefix, _, _ = name.rpartition(".")
+    holder, path = _holder(gm, prefix)
+    stem = "" if path else f"{name.replace('.', '_')}_"
+    values = {"w_pivot": factors.w_pivot, "coeff": factors.coeff, "order": factors.order()}
+    nodes = []
+    for suffix, value in values.items():
+        attribute = stem + suffix
+        if getattr(holder, attribute, None) is None:
+            holder.register_buffer(attribute, value)
+        nodes.append(gm.graph.get_attr(f"{path}.{attribute}" if path else attribute))
+    return nodes[0], nodes[1], nodes[2]
+
+
+def drop_weight(gm: GraphModule, weight: Weight, user: Node) -> None:
+    """Removes the attribute that holds `weight` if nothing in the graph but the linear `user` needs it any more."""
+    if weight.node.op != "get_attr":
+        return
+    readers = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight.name]
+    if all(_needed_only_by(node, user) for node in readers):
+        prefix, _, attribute = weight.name.rpartition(".")
+        holder, path = _holder(gm, prefix)
+        if path == prefix and hasattr(holder, attribute):
+            delattr(holder, attribute)
+
+
+def _needed_only_by(node: Node, user: Node) -> bool:
+    return all(other is user or (other.target is aten.t.default and _needed_only_by(other, user)) for other in node.users)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether the graph may write to what `node` holds, through itself or a view of it; wrong only on the safe side."""
+    for user in node.users:
+        if user.op == "output" or user.target in _USES_VALUES:
+            continue
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        schema = getattr(user.target, "_schema", None)
+        in_place = schema.is_mutable if schema else (name.endswith("_") and not name.endswith("__"))
+        if in_place or name in _IN_PLACE_OPERATORS or "out" in user.kwargs or _is_written(user):
+            return True
+    return False
+
+
+def _is_state(value: Any) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return False
+    # Dynamo marks the parameters and buffers of modules that way; activations bear no such mark.
+    return isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
+
+
+def _holder(gm: GraphModule, prefix: str) -> tuple[nn.Module, str]:
+    """The submodule of `gm` at `prefix`, made `gm`'s own: a module shared with the captured model is copied shallowly.
+
+    Falls back to `gm` itself, path "", where the graph calls a module on the way.
+    """
+    called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+    parts = prefix.split(".") if prefix else []
+    if any(".".join(parts[: i + 1]) in called for i in range(len(parts))):
+        return gm, ""
+    module: nn.Module = gm
+    for part in parts:
+        child = getattr(module, part, None)
+        if type(child) is not nn.Module or not child.__dict__.get("_pifa_owned", False):
+            own = nn.Module()
+            if isinstance(child, nn.Module):
+                own._parameters.update(child._parameters)
+                own._buffers.update(child._buffers)
+                own._modules.update(child._modules)
+                own.__dict__.update({k: v for k, v in child.__dict__.items() if isinstance(v, Tensor)})
+            own.__dict__["_pifa_owned"] = True
+            setattr(module, part, own)
+            child = own
+        module = child
+    return module, prefix

@@ -1,0 +1,281 @@
+"""The `torch.compile` backend: `torch.compile(model, backend="pifa")`, found by name without importing this package.
+
+It rewrites the captured graph by the passes of `passes.DEFAULT_PASSES` and hands it to Inductor. Layers that are in PIFA
+form already are lowered; pairs of low-rank factors and single weights of deficient rank are brought into PIFA form first,
+without loss. Factors made here are constants of the compiled code, so every call checks that the weights they were made
+from are still the same tensors, unchanged (see `_Compiled`).
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx import GraphModule
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from .errors import ConfigError, PassError
+from .passes import Canonicalize, FactorizeLinear, FactorizePair, Lower, Record, Skip, run_passes
+from .passes.factorize_linear import FULL_RANK
+from .passes.rewrite import Rewrite
+from .passes.weights import bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
+
+log = logging.getLogger(__name__)
+
+MAX_VARIANTS = 256
+"""Sets of weights that one captured graph is rewritten for, such as the layers of a model compiled one by one."""
+
+REQUIRES_GRAD = Skip("weight requires grad; call requires_grad_(False) or pifa_compiler.compact")
+UNVERSIONED = Skip("weight is an inference tensor, whose changes go unseen; create it outside of inference_mode")
+UPDATED = Skip("weight was changed after compilation")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of the backend.
+
+    Attributes:
+        rank_check: look for single weights of deficient rank; costs one LU a frozen weight at compile time.
+        strict: raise a `PassError` for any weight left alone other than for its full rank, and for any fallback.
+        report: receives the records of all passes.
+        inductor: what Inductor is configured with.
+    """
+
+    rank_check: bool = True
+    strict: bool = False
+    report: list[Record] = field(default_factory=list)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "_Settings":
+        from torch._inductor import config, list_mode_options
+
+        own: dict[str, Any] = {}
+        inductor: dict[str, Any] = {}
+        if mode is not None:
+            try:
+                inductor.update(list_mode_options(mode))
+            except RuntimeError as error:
+                raise ConfigError(f"mode {mode!r} is unknown to Inductor: {error}") from error
+        known = config.get_config_copy()
+        types = {"rank_check": bool, "strict": bool, "report": list}
+        for name, value in (options or {}).items():
+            if name in types:
+                if not isinstance(value, types[name]):
+                    raise ConfigError(f"option {name!r} must be a {types[name].__name__}, got {value!r}")
+                own[name] = value
+            elif name.replace("-", "_") in known:
+                inductor[name.replace("-", "_")] = value
+            else:
+                raise ConfigError(f"option {name!r} is unknown; known are {sorted(types)} and Inductor's own options")
+        return cls(inductor=inductor, **own)
+
+
+def pifa(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles a captured graph by Inductor, its low-rank linears in PIFA form; a backend of `torch.compile`.
+
+    Weights that require grad are left as they are; layers that are in PIFA form already can be trained. A weight that is
+    changed in place after compilation falls back to the code without it, with a warning. Writes through `.data` leave
+    no trace that could be checked: recompile after those.
+
+    Args:
+        gm: the graph; it is not changed.
+        example_inputs: what it is called with, parameters included.
+        options: "rank_check" (bool, True: look for single weights of deficient rank), "strict" (bool, False: raise
+            where a weight is left alone for another reason than full rank), "report" (a list that receives the passes'
+            records); all others go to Inductor.
+        mode: as in `torch.compile` for Inductor.
+
+    Raises:
+        ConfigError: an option is unknown, or of the wrong type.
+        PassError: under "strict".
+    """
+    return _Compiled(gm, example_inputs, _Settings.parse(options, mode))
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """A weight that a variant was compiled for.
+
+    Attributes:
+        position: of the graph input that holds it; None if the graph itself does.
+        tensor: the weight.
+        state: what changes when its values do; None if the variant reads them at every call.
+    """
+
+    position: int | None
+    tensor: TensorWeakRef
+    state: tuple[int, int] | None
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        tensor = self.tensor()
+        if tensor is None or (self.position is not None and args[self.position] is not tensor):
+            return False
+        return self.state is None or self.state == _state(tensor)
+
+    def is_stale(self) -> bool:
+        """Whether the weight is still there, with other values."""
+        tensor = self.tensor()
+        return tensor is not None and self.state is not None and self.state != _state(tensor)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The graph compiled for one set of weights."""
+
+    bindings: tuple[_Binding, ...]
+    run: Callable[..., Any]
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        return all(binding.fits(args) for binding in self.bindings)
+
+
+class _Compiled:
+    """What the backend returns: runs the variant that was compiled for the weights it is called with.
+
+    Dynamo shares one captured graph among all modules with the same code, such as the layers of a model compiled one by
+    one, and it does not see when a weight's values change. So a call with other weights, or with changed ones, gets a
+    variant of its own, where those are looked at anew.
+    """
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: _Settings) -> None:
+        self._settings = settings
+        self._updated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._shared: Callable[..., Any] | None = None
+        self._gm = _copy_module(gm)
+        self._fakes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+        bind_inputs(self._gm, example_inputs)
+        self._record(run_passes(self._gm, [Canonicalize()]))
+        unbind_inputs(self._gm)
+        self._current = self._build(example_inputs, example_inputs)
+        self._variants = [self._current]
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._current.fits(args):
+            self._current = self._select(args)
+        return self._current.run(*args)
+
+    def _select(self, args: Sequence[Any]) -> _Variant:
+        for variant in self._variants:
+            if variant.fits(args):
+                return variant
+        stale = [binding for variant in self._variants for binding in variant.bindings if binding.is_stale()]
+        for binding in stale:
+            self._fall_back(binding)
+        self._variants = [variant for variant in self._variants if all(b.tensor() is not None for b in variant.bindings)]
+        self._variants = [variant for variant in self._variants if not any(b.is_stale() for b in variant.bindings)]
+        if len(self._variants) >= MAX_VARIANTS:
+            message = f"one graph was called with more than {MAX_VARIANTS} sets of weights; further ones stay dense"
+            self._warn(Record("pifa", "graph", Skip(message)))
+            return _Variant((), self._dense(args))
+        variant = self._build(args, self._example_inputs(args))
+        self._variants.append(variant)
+        return variant
+
+    def _build(self, args: Sequence[Any], example_inputs: Sequence[Any]) -> _Variant:
+        """Rewrites a copy of the graph for the weights among `args`, and compiles it."""
+        gm = _copy_module(self._gm)
+        bind_inputs(gm, args)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        position = {node: i for i, node in enumerate(placeholders)}
+        before = linear_weights(gm)
+        weights = {node: tensor_at(gm, node) for node in before}
+        for node, tensor in weights.items():
+            if (reason := self._reason_to_leave(tensor)) is not None:
+                withhold(node, reason)
+        rules: list[Rewrite] = [FactorizePair()]
+        if self._settings.rank_check:
+            rules.append(FactorizeLinear())
+        self._record(run_passes(gm, rules))
+        after = linear_weights(gm)
+        rewritten = {node for node, uses in before.items() if after.get(node, 0) < uses}
+        bindings = tuple(
+            _Binding(position.get(node), TensorWeakRef(tensor), _state(tensor) if node in rewritten else None)
+            for node, tensor in weights.items()
+            if node in rewritten or (node in position and self._reason_to_leave(tensor) is None)
+        )
+        if not rewritten:
+            return _Variant(bindings, self._dense(args, example_inputs))
+        return _Variant(bindings, self._compile(gm, example_inputs))
+
+    def _dense(self, args: Sequence[Any], example_inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
+        """The graph with no weight rewritten; one serves all weights."""
+        if self._shared is None:
+            self._shared = self._compile(_copy_module(self._gm), example_inputs or self._example_inputs(args))
+        return self._shared
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        unbind_inputs(gm)
+        gradients = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+        )
+        self._record(run_passes(gm, [Lower(gradients=gradients)]), fatal=False)
+        fake_mode = detect_fake_mode(example_inputs)
+        # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
+        alone = TracingContext.try_get() is None and fake_mode is not None
+        with tracing(TracingContext(fake_mode)) if alone else nullcontext():
+            compiled: Callable[..., Any] = compile_fx(
+                GraphModule(gm, gm.graph), example_inputs, config_patches=dict(self._settings.inductor)
+            )
+        return compiled
+
+    def _example_inputs(self, args: Sequence[Any]) -> list[Any]:
+        """Inputs to compile a further variant with: what Dynamo traced with, so that symbolic sizes stay symbolic."""
+        return [arg if fake is None else fake for arg, fake in zip(args, self._fakes, strict=True)]
+
+    def _reason_to_leave(self, tensor: Tensor) -> Skip | None:
+        if tensor.requires_grad:
+            return REQUIRES_GRAD
+        if tensor.is_inference():
+            return UNVERSIONED
+        return UPDATED if tensor in self._updated else None
+
+    def _fall_back(self, binding: _Binding) -> None:
+        tensor = binding.tensor()
+        if tensor is None or tensor in self._updated:
+            return
+        self._updated[tensor] = True
+        placeholders = self._gm.graph.find_nodes(op="placeholder")
+        name = "weight" if binding.position is None else placeholders[binding.position].name
+        self._warn(Record("pifa", name, UPDATED))
+
+    def _record(self, records: Iterable[Record], fatal: bool = True) -> None:
+        for record in records:
+            self._settings.report.append(record)
+            if not isinstance(record.outcome, Skip):
+                log.debug("%s: %s is now %s", record.rule, record.node, record.outcome)
+            elif record.outcome != FULL_RANK:
+                log.info("%s left %s: %s", record.rule, record.node, record.outcome.reason)
+                if self._settings.strict and fatal:
+                    raise PassError(f"{record.rule} left {record.node}: {record.outcome.reason}; or drop strict=True")
+
+    def _warn(self, record: Record) -> None:
+        assert isinstance(record.outcome, Skip)
+        self._settings.report.append(record)
+        log.warning("%s falls back to the code without PIFA: %s", record.node, record.outcome.reason)
+        if self._settings.strict:
+            raise PassError(f"{record.node} falls back: {record.outcome.reason}; or drop strict=True")
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What tells changed values: in-place writes count the version up, `tensor.data = other` moves the pointer."""
+    return tensor._version, tensor.data_ptr()
+
+
+def _copy_module(gm: GraphModule) -> GraphModule:
+    """A module of its own for passes to rewrite: the graph is copied, weights are shared."""
+    graph = copy.deepcopy(gm.graph)
+    return GraphModule(gm, graph)

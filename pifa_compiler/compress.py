@@ -1,0 +1,303 @@
+"""`compress`: dense linears become low-rank by M and are replaced by their PIFA form, in place."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from . import reconstruct
+from .capture import Batch, capture
+from .checkpoint import describe
+from .errors import CalibrationError, CaptureError, ConfigError, RankError
+from .factors import PifaFactors, Pivoting, factorize, rank_for_density, stored_numbers
+from .linear import PifaLinear
+from .passes import FactorizeLinear, run_passes
+from .report import LayerReport, Report
+from .sweep import Group, Progress, Sweep, weight_name
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What `compress` is asked to do.
+
+    Attributes:
+        density: stored numbers (row orders included) over dense numbers, of the linears that are compressed, in (0, 1];
+            never exceeded, neither in total nor in a layer. At 1 nothing is changed.
+        method: how weights are made low-rank, a name in `reconstruct.METHODS`.
+        mix: f in [0, 1]: the share of the dense model's inputs in M's target Y = (1 - f) W X_u + f W X_o.
+        damping: regularisation of `optimal`, as a multiple of the mean diagonal of the Gram matrix.
+        ranks: ranks by name pattern (`fnmatch`; the first that matches counts); such layers do not follow `density`.
+        skip: name patterns of linears to leave dense; they do not count for the density.
+        rank_multiple: ranks are rounded down to a multiple of this, since matrix units are faster there; 1 is exact.
+        pivoting: how pivot rows are chosen, "lu" or "qr" (see `factorize`).
+
+    Raises:
+        ConfigError: an option is unknown or outside its range.
+    """
+
+    density: float = 0.5
+    method: str = "optimal"
+    mix: float = 0.25
+    damping: float = 1e-3
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    rank_multiple: int = 32
+    pivoting: Pivoting = "lu"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("density", 0, 1), ("mix", 0, 1), ("damping", 0, None)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not value >= low or (high is not None and value > high) or (name == "density" and not value):
+                interval = {"density": "in (0, 1]", "mix": "in [0, 1]", "damping": "0 or more"}[name]
+                raise ConfigError(f"{name} must be a number {interval}, got {value!r}")
+        if self.method not in reconstruct.METHODS:
+            raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(reconstruct.METHODS)}")
+        if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
+            raise ConfigError(f"rank_multiple must be an integer of 1 or more, got {self.rank_multiple!r}")
+        if self.pivoting not in ("lu", "qr"):
+            raise ConfigError(f'pivoting must be "lu" or "qr", got {self.pivoting!r}')
+        if isinstance(self.skip, str):
+            raise ConfigError(f"skip must be a tuple of patterns, got the string {self.skip!r}; write ({self.skip!r},)")
+        for pattern, rank in self.ranks.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"the rank for {pattern!r} must be an integer of 1 or more, got {rank!r}")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One linear to compress: where it is and the rank it shall have (None: it stays dense, for `reason`)."""
+
+    name: str
+    weight: Tensor  # [out, in], a view of the model's own
+    rank: int | None
+    reason: str | None = None
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: CompressConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Report:
+    """Makes a model's linears low-rank with little loss and puts `PifaLinear` layers in their place.
+
+    The model is changed in place, and only once everything is computed: an error or an interrupt leaves it as it was.
+    The output head and weights tied to an embedding stay dense; every layer left alone is reported with its reason.
+
+    Args:
+        model: an `nn.Module` that `torch.export` can capture (Hugging Face models can), or a captured `GraphModule`.
+        batches: calibration calls, each a tensor, a tuple of positional or a dict of keyword arguments. Some thousand
+            tokens of the text that the model is for make a good set; padding is left out by `attention_mask`.
+        config: what to do; None takes the defaults.
+        progress: called as progress(done, total, what).
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ConfigError: a pattern of the configuration matches no linear.
+        RankError: a weight is not finite, or the density leaves no room for rank 1.
+        CaptureError: the model cannot be captured as one graph, or has no linears.
+        CalibrationError: the batches are missing, of mixed structure, or make activations that are not finite.
+    """
+    config = config or CompressConfig()
+    started = time.perf_counter()
+    calls = list(batches)
+    _check_token_ids(model, calls)
+    _check_weights(model)
+    captured = capture(model, calls)
+    found, skipped = _find_linears(model, captured.graph, config)
+    targets = {node: _target(name, weight, config) for node, (name, weight) in found.items()}
+    method = reconstruct.METHODS[config.method]
+    settings = reconstruct.Settings(config.mix, config.damping)
+    layers: dict[str, LayerReport] = {report.name: report for report in skipped}
+
+    def solve(group: Group, statistics: reconstruct.Statistics) -> dict[Node, PifaFactors]:
+        solved = {}
+        make_low_rank = method.prepare(statistics, settings)
+        for node in group.members:
+            target = targets[node]
+            if target.rank is None:
+                continue
+            low_rank = make_low_rank(target.weight.double(), target.rank)
+            factors = factorize(
+                (low_rank.u, low_rank.v),
+                rank=target.rank,
+                pivoting=config.pivoting,
+                gram=statistics.gram,
+                dtype=target.weight.dtype,
+            )
+            notes = low_rank.notes
+            if factors.rank < target.rank:
+                notes += (f"rank lowered from {target.rank} to {factors.rank}: the solution has no more",)
+            error = reconstruct.relative_error(target.weight, factors.dense(), statistics.gram)
+            layers[target.name] = LayerReport.of_factors(
+                target.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
+            )
+            solved[node] = factors
+        return solved
+
+    for target in targets.values():
+        if target.reason is not None:
+            shape = (target.weight.shape[0], target.weight.shape[1])
+            layers[target.name] = LayerReport.of_skip(target.name, shape, target.reason, target=True)
+    report = Report(config.method, config.density, params_before=count_numbers(model))
+    active = [node for node, target in targets.items() if target.rank is not None]
+    if active:
+        sweep = Sweep(captured, active, two_flows=method.two_flows, dense_gram=method.dense_gram)
+        sweep.run(solve, progress)
+        report.activation_bytes = sweep.peak_bytes
+        _replace(model, {weight_name(node): factors for node, factors in sweep.factors.items()})
+    order = {name: index for index, name in enumerate(_linears_in_order(captured.graph))}
+    report.layers = sorted(layers.values(), key=lambda layer: order.get(layer.name, len(order)))
+    report.params_after = count_numbers(model)
+    report.seconds = time.perf_counter() - started
+    describe(model, report)
+    return report
+
+
+def count_numbers(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once, and the pivot indices of its PIFA layers."""
+    pivots = sum(module.pivots.numel() for module in model.modules() if isinstance(module, PifaLinear))
+    return sum(parameter.numel() for parameter in model.parameters()) + pivots
+
+
+def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
+    if not calls:
+        raise CalibrationError("at least one calibration batch is needed, none came")
+    embed: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
+    embedding = embed() if callable(embed) else None
+    if not isinstance(embedding, nn.Embedding):
+        return
+    for call in calls:
+        ids = call.get("input_ids") if isinstance(call, Mapping) else call if isinstance(call, Tensor) else None
+        if ids is None or ids.is_floating_point() or ids.numel() == 0:
+            continue
+        if int(ids.max()) >= embedding.num_embeddings or int(ids.min()) < 0:
+            raise CalibrationError(
+                f"calibration tokens lie in {int(ids.min())}..{int(ids.max())}, the model's vocabulary in "
+                f"0..{embedding.num_embeddings - 1}; use the model's own tokenizer"
+            )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise RankError(f"weight {name} {list(parameter.shape)} holds NaN or Inf; repair it before compressing")
+
+
+def _linears_in_order(graph: GraphModule) -> list[str]:
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
+
+
+def _find_linears(
+    model: nn.Module, graph: GraphModule, config: CompressConfig
+) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
+    """The linears to compress with their names and weights [out, in], and reports of those to leave alone."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    if not nodes:
+        raise CaptureError(f"{type(model).__name__} has no dense linear layers left to compress")
+    uses: dict[str, int] = {}
+    for node in nodes:
+        uses[weight_name(node)] = uses.get(weight_name(node), 0) + 1
+    embedded = {
+        module.weight.untyped_storage().data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    output = head() if callable(head) else None
+    found: dict[Node, tuple[str, Tensor]] = {}
+    reports: dict[str, LayerReport] = {}
+    patterns = set(config.skip)
+    for node in nodes:
+        full_name = weight_name(node)
+        name = full_name.removesuffix(".weight")
+        parameter = dict(graph.named_parameters(remove_duplicate=False)).get(full_name)
+        if parameter is None:
+            continue
+        weight = parameter.detach().T if _is_transposed(node) else parameter.detach()
+        owner = _owner(model, name)
+        matched = [pattern for pattern in config.skip if fnmatchcase(name, pattern)]
+        patterns -= set(matched)
+        if weight.untyped_storage().data_ptr() in embedded:
+            reason = "weight is tied to an embedding"
+        elif output is not None and owner is output:
+            reason = "output head"
+        elif matched:
+            reason = f"skipped by pattern {matched[0]!r}"
+        elif uses[full_name] > 1:
+            reason = f"weight is used by {uses[full_name]} linears"
+        elif not isinstance(model, GraphModule) and not _is_replaceable(owner):
+            reason = f"weight belongs to a {type(owner).__name__}, not to a plain linear layer"
+        else:
+            found[node] = (name, weight)
+            continue
+        reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+    for name, module in model.named_modules():
+        seen = name in reports or any(name == known for known, _ in found.values())
+        if _is_replaceable(module) and not seen:
+            out_in = module.weight.shape if isinstance(module, nn.Linear) else tuple(module.weight.shape)[::-1]
+            reason = "not reached when the model is called as the calibration batches call it"
+            reports[name] = LayerReport.of_skip(name, (out_in[0], out_in[1]), reason, target=False)
+    unknown = patterns | {p for p in config.ranks if not any(fnmatchcase(name, p) for name, _ in found.values())}
+    if unknown:
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
+        raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
+    if not found:
+        raise CaptureError("every linear of the model is skipped; nothing is left to compress")
+    return found, list(reports.values())
+
+
+def _target(name: str, weight: Tensor, config: CompressConfig) -> _Target:
+    d_out, d_in = weight.shape
+    fixed = [rank for pattern, rank in config.ranks.items() if fnmatchcase(name, pattern)]
+    if not fixed and config.density == 1:
+        return _Target(name, weight, None, "density 1 keeps every weight dense")
+    try:
+        rank = fixed[0] if fixed else rank_for_density(d_out, d_in, config.density, multiple=config.rank_multiple)
+    except RankError as error:
+        raise RankError(f"{name}: {error}") from error
+    if rank > min(d_out, d_in):
+        raise RankError(f"{name}: rank {rank} asked for a weight [{d_out}, {d_in}], at most {min(d_out, d_in)} exists")
+    if stored_numbers(d_out, d_in, rank) >= d_out * d_in:
+        return _Target(name, weight, None, f"PIFA at rank {rank} would not be smaller than the dense weight")
+    return _Target(name, weight, rank)
+
+
+def _is_transposed(node: Node) -> bool:
+    weight = node.args[1]
+    return isinstance(weight, Node) and weight.target is torch.ops.aten.t.default
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _is_replaceable(module: nn.Module | None) -> bool:
+    """Whether a module is a plain linear layer: `nn.Linear` itself, or the [in, out] `Conv1D` of GPT-2."""
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
+
+
+def _replace(model: nn.Module, factors: Mapping[str, PifaFactors]) -> None:
+    """Puts PIFA layers where the weights named by `factors` were."""
+    if isinstance(model, GraphModule) and not all(
+        _is_replaceable(_owner(model, name.removesuffix(".weight"))) for name in factors
+    ):
+        run_passes(model, [FactorizeLinear(factors)])
+        return
+    for weight, found in factors.items():
+        name = weight.removesuffix(".weight")
+        dense = model.get_submodule(name)
+        assert isinstance(dense.weight, Tensor)  # noqa: S101 - `_is_replaceable` saw to it
+        layer = PifaLinear.from_factors(found, dense.bias, dense.weight.requires_grad)  # type: ignore[arg-type]
+        model.set_submodule(name, layer.train(dense.training))

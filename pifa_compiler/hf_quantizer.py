@@ -1,0 +1,211 @@
+"""PIFA models as transformers' `from_pretrained` and `save_pretrained` see them: a quantization method called "pifa".
+
+Importing this module registers the method, so it is imported only where transformers is (see `registration`).
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    LayerShape,
+    add_guard,
+    check_pivots,
+    check_settings,
+    check_tensors,
+    describe,
+    refuse_pickles,
+)
+from .errors import CheckpointError
+from .linear import PifaLinear
+
+Tensors = dict[str, Any]
+
+
+@register_quantization_config(QUANT_METHOD)
+class PifaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` of a PIFA model says under `quantization_config`.
+
+    Args:
+        ranks: name of each layer in PIFA form, as in `named_modules` of the model saved, and its rank.
+        method: how the low-rank weights were made, as in `Report.method`; None if unknown.
+        density_requested: the budget asked for; None if unknown or lossless.
+        density: what was reached, as in `Report.density`; None if unknown.
+        versions: package name -> version that saved it.
+        format_version: of these settings and of the tensors' names and shapes.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int],
+        method: str | None = None,
+        density_requested: float | None = None,
+        density: float | None = None,
+        versions: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.method = method
+        self.density_requested = density_requested
+        self.density = density
+        self.ranks = dict(ranks)
+        self.versions = dict(versions or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The settings in `config_dict`, checked.
+
+        Raises:
+            CheckpointError: they are of a newer format, or are not what this format says.
+        """
+        check_settings(config_dict, "config.json")
+        known = ("ranks", "method", "density_requested", "density", "versions", "format_version")
+        config = cls(**{key: config_dict[key] for key in known if key in config_dict})
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@register_quantizer(QUANT_METHOD)
+class PifaHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `PifaLinear` modules into a model on the meta device before transformers fills in the weights."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses a dense model: transformers cannot compress one while it loads it."""
+        if not self.pre_quantized:
+            raise CheckpointError("wanted a model in PIFA form, got a dense one; load it and call compress() on it")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the model's config: takes out what stops programs that do not know PIFA."""
+        config.transformers_weights = None
+        folder = Path(config.name_or_path or "")
+        if folder.is_dir() and config.name_or_path:
+            refuse_pickles(folder)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same in releases of transformers without `update_attn_implementation`."""
+        return self.update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        shapes = {}
+        for saved_name, rank in self.quantization_config.ranks.items():
+            name = _place_of(saved_name, model)
+            if name is None:
+                continue
+            dense = model.get_submodule(name)
+            layer = LayerShape(*_dense_shape(dense), rank, dense.bias is not None)
+            most = min(layer.out_features, layer.in_features)
+            if not 1 <= rank <= most:
+                raise CheckpointError(
+                    f"{saved_name}: the config says rank {rank}, wanted 1..{most} for a weight "
+                    f"[{layer.out_features}, {layer.in_features}]; the folder does not fit its model"
+                )
+            model.set_submodule(name, _empty_layer(layer, dense.weight.dtype))
+            shapes[saved_name] = layer
+            # A tie that the saved model no longer had: its tensor is gone, and transformers looks for it.
+            for tied in [key for key in model.all_tied_weights_keys if key == f"{name}.weight"]:
+                del model.all_tied_weights_keys[tied]
+        if checkpoint_files:
+            check_tensors(checkpoint_files, self.quantization_config.ranks, shapes)
+        # The guard of `add_guard` is expected, whichever layer it stands at.
+        replaced = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, PifaLinear))
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)({replaced})\.weight$"}
+        model._keys_to_ignore_on_load_unexpected = ignored
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, PifaLinear):
+                if module.pivots.is_meta:
+                    raise CheckpointError(
+                        f"{name}: its row order was left on disk; load without offloading, or with more memory"
+                    )
+                check_pivots(module.pivots, module.rank, module.out_features, name)
+                module.restore_order()
+        # Factors are ordinary floating-point parameters: half(), float() and training need no special care.
+        model.is_quantized = False
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
+        """What to save: the state dict and a guard against loaders that do not know PIFA.
+
+        Called by every `model.save_pretrained` before it writes: the config is brought up to date with the layers.
+        """
+        describe(model)
+        return add_guard(model.state_dict(), model), {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the factors can be fine-tuned."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether they can be fine-tuned without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model."""
+        return True
+
+
+def attach(model: Any, config: PifaConfig) -> None:
+    """Leaves a compressed model as `from_pretrained` would: `model.save_pretrained` then writes a loadable folder."""
+    model.config.quantization_config = config
+    model.hf_quantizer = PifaHfQuantizer(config)
+    model.quantization_method = config.quant_method
+    for module in model.modules():
+        if hasattr(module, "config"):
+            # Flash attention then asks the config for the dtype, not the first nn.Linear, which may be gone.
+            module.config._is_quantized = True
+
+
+def _place_of(saved_name: str, model: Any) -> str | None:
+    """Name in `model` of a layer saved as `saved_name`; None if it belongs to a head that this class does not have.
+
+    A body saved with a head can be loaded without it and the other way round; `base_model_prefix` is the difference.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            return name
+        raise CheckpointError(
+            f"{saved_name}: the config says that this is a linear layer, the model has a {type(module).__name__}; "
+            "the folder does not fit its model"
+        )
+    own_class = type(model).__name__ in (model.config.architectures or [])
+    if own_class or saved_name.startswith(prefix):
+        raise CheckpointError(
+            f"the config names the layer {saved_name}, which {type(model).__name__} does not have; "
+            "the folder does not fit its model"
+        )
+    return None
+
+
+def _dense_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear` or of GPT-2's `Conv1D`, whose weight is stored [in, out]."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return int(module.nf), int(module.nx)
+
+
+def _empty_layer(layer: LayerShape, dtype: Any) -> PifaLinear:
+    return PifaLinear(layer.in_features, layer.out_features, layer.rank, bias=layer.bias, device="meta", dtype=dtype)

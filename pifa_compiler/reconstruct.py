@@ -1,0 +1,215 @@
+"""M: low-rank weights from calibration statistics, in closed form, without training.
+
+For a linear with dense weight W [out, in], X_u is its input when everything before it is compressed already, and X_o
+its input in the dense model (columns are tokens). All that a method needs are sums over tokens, `Statistics`.
+
+A method maps statistics to a function from (W, rank) to `LowRank` factors U [out, r], V [r, in]; `METHODS` names them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the calibration tokens at the input of a linear, in float64.
+
+    Attributes:
+        gram: A = sum x_u x_u^T, [in, in].
+        cross: B = sum x_o x_u^T, [in, in].
+        dense_gram: sum x_o x_o^T, [in, in]; the same as `gram` unless the method asked for both.
+        mean_abs: mean |x_o| of every channel, [in].
+        tokens: how many tokens were summed.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    dense_gram: Tensor
+    mean_abs: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs of the methods.
+
+    Attributes:
+        mix: f in the target Y = (1 - f) W X_u + f W X_o; the paper's recipe takes 0.25.
+        damping: multiple of the Gram matrix's mean diagonal that `optimal` adds to it.
+    """
+
+    mix: float = 0.25
+    damping: float = 1e-3
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W' = U V of rank r: u [out, r], v [r, in], float64; `notes` say what was out of the ordinary."""
+
+    u: Tensor
+    v: Tensor
+    notes: tuple[str, ...] = ()
+
+
+Solve = Callable[[Tensor, int], LowRank]
+"""(weight [out, in] float64, rank) -> factors."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a weight low-rank.
+
+    Attributes:
+        prepare: (statistics, settings) -> `Solve`; what linears on one input share is computed once, here.
+        two_flows: whether it looks at the inputs of the compressed model too; if not, the sweep runs the dense only.
+        dense_gram: whether a method of two flows wants the dense model's Gram matrix as well.
+    """
+
+    prepare: Callable[[Statistics, Settings], Solve]
+    two_flows: bool = False
+    dense_gram: bool = False
+
+
+@dataclass(frozen=True)
+class Root:
+    """S [n, n] with S S^T = A, and its (pseudo-)inverse; `notes` say if A had no Cholesky factor."""
+
+    root: Tensor
+    inverse: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def gram_root(gram: Tensor, tokens: int) -> Root:
+    """A square root of a positive semidefinite [n, n] matrix: Cholesky, or an eigendecomposition where that fails.
+
+    A singular Gram matrix (fewer tokens than channels, a dead channel) is no error: on the directions that the
+    calibration never saw the inverse is 0.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal()
+    if not bool(failed) and bool((diagonal.abs() > 1e-7 * diagonal.abs().max()).all()):
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return Root(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
+    values, vectors = torch.linalg.eigh(gram)
+    seen = values > values[-1].clamp(min=0) * len(gram) * torch.finfo(gram.dtype).eps
+    scale = torch.where(seen, values, 0).sqrt()
+    inverse = torch.where(seen, 1 / torch.where(seen, scale, 1), 0)
+    note = f"singular Gram matrix: rank {int(seen.sum())} of {len(gram)} channels from {tokens} tokens"
+    return Root(vectors * scale, inverse[:, None] * vectors.T, (note,))
+
+
+def _divide(numerator: Tensor, root: Root) -> Tensor:
+    """numerator [m, n] times the (pseudo-)inverse of the matrix [n, n] whose root this is."""
+    return numerator @ root.inverse.T @ root.inverse
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r approximation (Eckart-Young) as left [m, r] times right [r, n].
+
+    Taken from an eigendecomposition of the smaller of M M^T and M^T M, which is several times cheaper than an SVD; in
+    float64 singular values down to 1e-8 of the largest stay accurate, and a truncation needs no more.
+    """
+    if matrix.shape[0] <= matrix.shape[1]:
+        left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+        return left, left.T @ matrix
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:]
+    return matrix @ right, right.T
+
+
+def svd(statistics: Statistics, settings: Settings) -> Solve:
+    """Truncated SVD of the weight: no look at the data."""
+    return lambda weight, rank: LowRank(*truncate(weight, rank))
+
+
+def asvd(statistics: Statistics, settings: Settings) -> Solve:
+    """ASVD (arXiv 2312.05821, eq. 6): SVD of W diag(s), s the mean |x| of each input channel to the power 0.5."""
+    scale = statistics.mean_abs.sqrt()
+    dead = scale <= 1e-6 * scale.max()
+    scale = torch.where(dead, torch.ones_like(scale), scale)
+    notes = (f"{int(dead.sum())} dead input channels",) if bool(dead.any()) else ()
+
+    def solve(weight: Tensor, rank: int) -> LowRank:
+        u, v = truncate(weight * scale, rank)
+        return LowRank(u, v / scale, notes)
+
+    return solve
+
+
+def svd_llm(statistics: Statistics, settings: Settings) -> Solve:
+    """SVD-LLM (arXiv 2403.07378, section 3.1): SVD of W S with S S^T the dense model's Gram matrix."""
+    whitening = gram_root(statistics.dense_gram, statistics.tokens)
+
+    def solve(weight: Tensor, rank: int) -> LowRank:
+        u, v = truncate(weight @ whitening.root, rank)
+        return LowRank(u, v @ whitening.inverse, whitening.notes)
+
+    return solve
+
+
+def mpifa(statistics: Statistics, settings: Settings) -> Solve:
+    """M as published (arXiv 2501.19090, section 4): SVD-LLM's start, then U once, then V once.
+
+    U <- T V^T (V A V^T)^-1 and V <- U^+ (T + a W) (A + a I)^-1 with T = W (f B + (1 - f) A). The ridge a = 1e-3 is
+    absolute on the summed statistics, as in the authors' code.
+    """
+    ridge = 1e-3
+    gram, mixed = statistics.gram, _mixed(statistics, settings)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    start = svd_llm(statistics, settings)
+    regularised = gram_root(gram + ridge * eye, statistics.tokens)
+
+    def solve(weight: Tensor, rank: int) -> LowRank:
+        first = start(weight, rank)
+        target = weight @ mixed
+        u = _divide(target @ first.v.T, gram_root(first.v @ gram @ first.v.T, statistics.tokens))
+        full = _divide(target + ridge * weight, regularised)
+        return LowRank(u, torch.linalg.pinv(u) @ full, first.notes)
+
+    return solve
+
+
+def optimal(statistics: Statistics, settings: Settings) -> Solve:
+    """The exact minimiser of M's objective at this rank (reduced-rank regression; SAES-SVD, arXiv 2602.03051).
+
+    With L L^T = A + eps I and T = W (f B + (1 - f) A + eps I), the rank-r truncation of T L^-T, times L^-1. The
+    regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0.
+    """
+    gram = statistics.gram
+    eps = settings.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    whitening = gram_root(gram + eps, statistics.tokens)
+    whitened = (_mixed(statistics, settings) + eps) @ whitening.inverse.T
+    few = statistics.tokens < len(gram)
+    notes = (*whitening.notes, *((f"{statistics.tokens} tokens for {len(gram)} channels",) if few else ()))
+
+    def solve(weight: Tensor, rank: int) -> LowRank:
+        u, v = truncate(weight @ whitened, rank)
+        return LowRank(u, v @ whitening.inverse, notes)
+
+    return solve
+
+
+def _mixed(statistics: Statistics, settings: Settings) -> Tensor:
+    """f B + (1 - f) A, [in, in]: W times this is sum y x_u^T for the target y."""
+    return settings.mix * statistics.cross + (1 - settings.mix) * statistics.gram
+
+
+METHODS: Mapping[str, Method] = {
+    "optimal": Method(optimal, two_flows=True),
+    "mpifa": Method(mpifa, two_flows=True, dense_gram=True),
+    "svd-llm": Method(svd_llm),
+    "asvd": Method(asvd),
+    "svd": Method(svd),
+}
+"""By the name that `CompressConfig(method=...)` and `pifa compress --method` take."""
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """||(W - W') X|| / ||W X|| on the inputs whose Gram matrix is `gram`; weights [out, in], any dtype."""
+    gram = gram.float()
+    dense, difference = weight.float(), weight.float() - approximation.float()
+    lost = float(((difference @ gram) * difference).sum().clamp(min=0))
+    total = float(((dense @ gram) * dense).sum())
+    return (lost / total) ** 0.5 if total > 0 else 0.0

@@ -1,0 +1,251 @@
+"""The sweep: one walk over a captured graph that gathers each linear's statistics and replaces it, in order.
+
+Two values are carried for every calibration batch: what the dense model computes (`dense`) and what the model computes
+whose linears up to here are compressed (`compressed`). The walk goes in segments. A segment computes the input of the
+next *group* of linears (those that read one value: q, k and v; gate and up) for all batches, summing its statistics; the
+group's weights are then solved, and the next segment runs with them. Every node runs once per flow and batch, values are
+freed after their last use, and the walk ends at the last linear to compress: a head's logits are never computed. There
+are no layer names in it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+from torch.utils import _pytree as pytree
+
+from .capture import Captured
+from .errors import CalibrationError
+from .factors import PifaFactors
+from .kernels import linear
+from .reconstruct import Statistics
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, what) while long work goes on."""
+
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one value, so that they share their statistics."""
+
+    source: Node
+    members: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is computed for all batches before `group` can be solved."""
+
+    nodes: tuple[Node, ...]
+    group: Group
+
+
+@dataclass
+class Flows:
+    """The live values of one batch: those that no compressed linear has touched, and the others of each flow."""
+
+    shared: Values
+    dense: Values = field(default_factory=dict)
+    compressed: Values = field(default_factory=dict)
+
+    def free(self, node: Node) -> None:
+        for values in (self.shared, self.dense, self.compressed):
+            values.pop(node, None)
+
+
+def plan(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Segment]:
+    """Segments in the order of the graph; nodes that no target's input needs are in none of them."""
+    members: dict[Node, list[Node]] = {}
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for target in sorted(targets, key=position.__getitem__):
+        members.setdefault(target.all_input_nodes[0], []).append(target)
+    done: set[Node] = set()
+    segments = []
+    for source, nodes in members.items():
+        needed = sorted(_ancestors(source) - done, key=position.__getitem__)
+        done.update(needed)
+        computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
+        segments.append(Segment(computed, Group(source, tuple(nodes))))
+    return segments
+
+
+def _ancestors(node: Node) -> set[Node]:
+    found, pending = {node}, [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
+
+
+class Sweep:
+    """One walk over `captured`; see the module's docstring.
+
+    Args:
+        captured: the graph and the batches.
+        targets: the linears to replace, `aten.linear.default` nodes.
+        two_flows: whether the compressed flow is followed too; without it the statistics are the dense model's.
+        dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
+    """
+
+    def __init__(
+        self, captured: Captured, targets: Sequence[Node], *, two_flows: bool, dense_gram: bool = False
+    ) -> None:
+        self._dense_gram = dense_gram
+        self.gm: GraphModule = captured.graph
+        self.segments = plan(self.gm.graph, targets)
+        self.factors: dict[Node, PifaFactors] = {}
+        self.peak_bytes = 0
+        self._masks = captured.token_masks
+        self._constant: Values = {}
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        self._batches = [Flows(dict(zip(placeholders, values, strict=True))) for values in captured.inputs]
+        self._varies = _downstream(self.gm, placeholders)
+        self._diverges = _downstream(self.gm, targets) if two_flows else set()
+        self._freed_after = _last_uses(self.segments)
+
+    @torch.no_grad()
+    def run(
+        self, solve: Callable[[Group, Statistics], Mapping[Node, PifaFactors]], progress: Progress | None = None
+    ) -> None:
+        """Walks the graph; `solve` gives factors for the members of a group that are to be replaced.
+
+        Raises:
+            CalibrationError: an input of a linear is not finite; names the weight.
+        """
+        for index, segment in enumerate(self.segments):
+            label = weight_name(segment.group.members[0])
+            sums = _Sums(self._dense_gram)
+            for flows, mask in zip(self._batches, self._masks, strict=True):
+                self._run_segment(segment, flows)
+                dense, compressed = self._both(flows, segment.group.source)
+                rows = _rows(dense, mask)
+                sums.add(rows, rows if compressed is dense else _rows(compressed, mask))
+                self._free(segment.group, flows)
+            self._note_bytes()
+            for step in (*segment.nodes, segment.group):
+                for node in self._freed_after.get(step, ()):
+                    self._constant.pop(node, None)
+            self.factors.update(solve(segment.group, sums.finish(label)))
+            if progress is not None:
+                progress(index + 1, len(self.segments), label)
+
+    def _run_segment(self, segment: Segment, flows: Flows) -> None:
+        for node in segment.nodes:
+            if node not in self._varies:
+                if node not in self._constant:
+                    self._constant[node] = self._evaluate(node, {}, compressed=False)
+            elif node not in self._diverges:
+                flows.shared[node] = self._evaluate(node, flows.shared, compressed=False)
+            else:
+                flows.dense[node] = self._evaluate(node, flows.shared | flows.dense, compressed=False)
+                flows.compressed[node] = self._evaluate(node, flows.shared | flows.compressed, compressed=True)
+            self._free(node, flows)
+
+    def _evaluate(self, node: Node, values: Values, *, compressed: bool) -> Any:
+        def value(argument: Node) -> Any:
+            if argument.op == "get_attr":
+                return attrgetter(str(argument.target))(self.gm)
+            return values[argument] if argument in values else self._constant[argument]
+
+        if compressed and node in self.factors:
+            factors, bias = self.factors[node], node.args[2] if len(node.args) > 2 else None
+            x = value(node.all_input_nodes[0])
+            order = factors.order()
+            return linear(x, factors.w_pivot, factors.coeff, order, value(bias) if isinstance(bias, Node) else None)
+        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        if not callable(node.target):
+            raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which the sweep cannot run")
+        return node.target(*args, **kwargs)
+
+    def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
+        if node in self._constant:
+            return self._constant[node], self._constant[node]
+        if node in flows.shared:
+            return flows.shared[node], flows.shared[node]
+        return flows.dense[node], flows.compressed[node]
+
+    def _free(self, step: Node | Group, flows: Flows) -> None:
+        for node in self._freed_after.get(step, ()):
+            flows.free(node)
+
+    def _note_bytes(self) -> None:
+        storages: dict[int, int] = {}
+        weights = {weight.untyped_storage().data_ptr() for weight in self.gm.parameters()}
+        for values in [self._constant, *(v for f in self._batches for v in (f.shared, f.dense, f.compressed))]:
+            for leaf in pytree.tree_leaves(list(values.values())):
+                if isinstance(leaf, Tensor):
+                    storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+        held = sum(size for pointer, size in storages.items() if pointer not in weights)
+        self.peak_bytes = max(self.peak_bytes, held)
+
+
+class _Sums:
+    """Running sums of `Statistics`; an input that is the same in both flows is multiplied only once."""
+
+    def __init__(self, dense_gram: bool) -> None:
+        self.gram, self.cross, self.dense_gram, self.sum_abs = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+        self.tokens = 0
+        self.wants_dense_gram = dense_gram
+
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        # float32 within a batch (at most some thousand tokens), float64 across batches.
+        same = dense is compressed
+        gram = (compressed.T @ compressed).double()
+        self.gram = self.gram + gram
+        self.cross = self.cross + (gram if same else (dense.T @ compressed).double())
+        if self.wants_dense_gram:
+            self.dense_gram = self.dense_gram + (gram if same else (dense.T @ dense).double())
+        self.sum_abs = self.sum_abs + dense.abs().sum(dim=0).double()
+        self.tokens += len(dense)
+
+    def finish(self, label: str) -> Statistics:
+        dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
+        for total in (self.gram, self.cross, dense_gram):
+            if not bool(torch.isfinite(total).all()):
+                raise CalibrationError(
+                    f"the input of {label} is not finite (NaN or Inf) on the calibration batches; "
+                    "calibrate in float32, or repair the layers before it"
+                )
+        return Statistics(self.gram, self.cross, dense_gram, self.sum_abs / max(self.tokens, 1), self.tokens)
+
+
+def weight_name(node: Node) -> str:
+    """State-dict name of a linear node's weight."""
+    weight = node.args[1]
+    while isinstance(weight, Node) and weight.op != "get_attr":
+        weight = weight.args[0]
+    return str(weight.target) if isinstance(weight, Node) else str(weight)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens as rows [tokens, in] in float32, padding left out."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows
+
+
+def _downstream(gm: GraphModule, roots: Iterable[Node]) -> set[Node]:
+    found = set(roots)
+    for node in gm.graph.nodes:
+        if any(parent in found for parent in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _last_uses(segments: Sequence[Segment]) -> dict[Node | Group, list[Node]]:
+    """For every step of the walk, the values that nothing after it reads."""
+    last: dict[Node, Node | Group] = {}
+    for segment in segments:
+        for node in segment.nodes:
+            last.update(dict.fromkeys(node.all_input_nodes, node))
+        last[segment.group.source] = segment.group
+    freed: dict[Node | Group, list[Node]] = {}
+    for node, step in last.items():
+        freed.setdefault(step, []).append(node)
+    return freed
