@@ -62,6 +62,7 @@ class Canonicalize(Rewrite):
         ]
 
     def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
+        """The operands of the linear."""
         if node.op == "call_module":
             return self._match_module(gm, node)
         if node.target in _LINEAR:
@@ -71,6 +72,7 @@ class Canonicalize(Rewrite):
         return self._match_matmul(gm, node)
 
     def rewrite(self, gm: GraphModule, node: Node, found: _Found) -> Node:
+        """Spells it the one way."""
         if node.op == "call_module":
             weight = gm.graph.get_attr(f"{node.target}.weight")
             has_bias = gm.get_submodule(str(node.target)).bias is not None
@@ -139,7 +141,7 @@ def _transposed_operand(node: Node) -> tuple[Node, bool] | None:
     if target in _SWAPS_ALWAYS:
         return node.args[0], True
     if target in _SWAPS_BY_DIMS and not node.kwargs:
-        dims = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
+        dims: Any = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
         if sorted(d % 2 for d in dims) == [0, 1]:
             identity = target in ("permute", torch.permute, aten.permute.default) and dims[0] % 2 == 0
             return node.args[0], not identity

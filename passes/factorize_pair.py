@@ -7,7 +7,7 @@ from ..errors import RankError
 from ..factors import PifaFactors, factorize, stored_numbers
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .rewrite import Rewrite, Skip
-from .weights import Weight, drop_weight, store_factors, weight_of
+from .weights import Weight, release, store_factors, weight_of
 
 aten = torch.ops.aten
 
@@ -17,13 +17,16 @@ class FactorizePair(Rewrite):
 
     targets = (aten.linear.default,)
 
-    def match(self, gm: GraphModule, node: Node) -> tuple[Weight, Weight, PifaFactors] | Skip | None:
+    def match(self, gm: GraphModule, node: Node) -> tuple[Weight, PifaFactors] | Skip | None:
+        """The second weight, in whose place the factors go, and the factors."""
         inner = node.args[0]
         if not isinstance(inner, Node) or inner.target is not aten.linear.default:
             return None
         u, v = weight_of(gm, node.args[1]), weight_of(gm, inner.args[1])
-        if isinstance(u, Skip) or isinstance(v, Skip):
-            return u if isinstance(u, Skip) else v
+        if isinstance(u, Skip):
+            return u
+        if isinstance(v, Skip):
+            return v
         if len(inner.users) > 1:
             return Skip("the value between the two linears has another user")
         if len(inner.args) > 2 and inner.args[2] is not None:
@@ -40,13 +43,14 @@ class FactorizePair(Rewrite):
         pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)
         if pifa >= pair:
             return Skip(f"PIFA would store {pifa} numbers at rank {factors.rank}, the pair stores {pair}")
-        return u, v, factors
+        return u, factors
 
-    def rewrite(self, gm: GraphModule, node: Node, found: tuple[Weight, Weight, PifaFactors]) -> Node:
-        u, v, factors = found
+    def rewrite(self, gm: GraphModule, node: Node, found: tuple[Weight, PifaFactors]) -> Node:
+        """Stores the factors and calls `pifa::linear` on them."""
+        u, factors = found
         bias = node.args[2] if len(node.args) > 2 else None
-        inner = node.args[0]
         stored = store_factors(gm, u.name, factors)
-        drop_weight(gm, u, node)
-        drop_weight(gm, v, inner)
-        return gm.graph.call_function(torch.ops.pifa.linear.default, (inner.args[0], *stored, bias))
+        x = node.all_input_nodes[0].args[0]
+        new = gm.graph.call_function(torch.ops.pifa.linear.default, (x, *stored, bias))
+        release(gm, node)
+        return new

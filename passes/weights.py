@@ -24,7 +24,7 @@ COMPUTED = Skip("weight is computed in the graph")
 CHANGED = Skip("weight is changed in the graph")
 
 _BOUND, _WITHHELD = "pifa_bound", "pifa_withheld"
-_IN_PLACE_OPERATORS = {name for name in dir(operator) if f"__{name}__" in dir(operator) and name.startswith("i")}
+_IN_PLACE_OPERATORS = {"setitem", *(n for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator))}
 _USES_VALUES = (aten.linear.default, aten.embedding.default, F.embedding)
 
 
@@ -44,7 +44,7 @@ class Weight:
 
 
 def bind_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Tells passes which graph inputs are weights, and their values: the parameters and buffers among `example_inputs`."""
+    """Tells passes which graph inputs are weights: the parameters and buffers among `example_inputs`."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=True):
         if _is_state(value):
@@ -68,7 +68,7 @@ def linear_weights(gm: GraphModule) -> dict[Node, int]:
     uses: dict[Node, int] = {}
     for linear in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         arg = linear.args[1]
-        node = arg.args[0] if isinstance(arg, Node) and arg.target is aten.t.default else arg
+        node: Any = arg.args[0] if isinstance(arg, Node) and arg.target is aten.t.default else arg
         if tensor_at(gm, node) is not None:
             uses[node] = uses.get(node, 0) + 1
     return uses
@@ -95,9 +95,10 @@ def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
         return COMPUTED
     if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
         return Skip(f"weight is not a floating-point matrix: {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-    if _WITHHELD in node.meta:
-        return node.meta[_WITHHELD]
-    if _is_written(node):
+    withheld: Skip | None = node.meta.get(_WITHHELD)
+    if withheld is not None:
+        return withheld
+    if any(_is_written(reader) for reader in ([node] if node.op == "placeholder" else _readers(gm, node))):
         return CHANGED
     values = tensor.detach()
     return Weight(str(node.target), values.t() if transposed else values, node)
@@ -111,27 +112,43 @@ def store_factors(gm: GraphModule, name: str, factors: PifaFactors) -> tuple[Nod
     values = {"w_pivot": factors.w_pivot, "coeff": factors.coeff, "order": factors.order()}
     nodes = []
     for suffix, value in values.items():
-        attribute = stem + suffix
-        if getattr(holder, attribute, None) is None:
-            holder.register_buffer(attribute, value)
+        attribute = _attribute_for(holder, stem + suffix, value)
         nodes.append(gm.graph.get_attr(f"{path}.{attribute}" if path else attribute))
     return nodes[0], nodes[1], nodes[2]
 
 
-def drop_weight(gm: GraphModule, weight: Weight, user: Node) -> None:
-    """Removes the attribute that holds `weight` if nothing in the graph but the linear `user` needs it any more."""
-    if weight.node.op != "get_attr":
-        return
-    readers = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight.name]
-    if all(_needed_only_by(node, user) for node in readers):
-        prefix, _, attribute = weight.name.rpartition(".")
-        holder, path = _holder(gm, prefix)
-        if path == prefix and hasattr(holder, attribute):
-            delattr(holder, attribute)
+def _attribute_for(holder: nn.Module, stem: str, value: Tensor) -> str:
+    """Keeps `value` under the first of stem, stem_1, ... that is free or holds it: a weight may be used twice."""
+    name, copies = stem, 0
+    while (kept := getattr(holder, name, None)) is not None:
+        if isinstance(kept, Tensor) and kept.dtype is value.dtype and torch.equal(kept, value):
+            return name
+        copies += 1
+        name = f"{stem}_{copies}"
+    holder.register_buffer(name, value)
+    return name
 
 
-def _needed_only_by(node: Node, user: Node) -> bool:
-    return all(other is user or (other.target is aten.t.default and _needed_only_by(other, user)) for other in node.users)
+def release(gm: GraphModule, node: Node) -> None:
+    """Takes the operands off a linear that is about to be replaced, and removes the weights that nothing else reads."""
+    operands = node.all_input_nodes
+    node.args, node.kwargs = (), {}
+    for operand in operands:
+        removable = operand.op == "get_attr" or operand.target in (aten.t.default, aten.linear.default)
+        if operand.users or not removable:
+            continue
+        release(gm, operand)
+        gm.graph.erase_node(operand)
+        if operand.op == "get_attr" and not _readers(gm, operand):
+            prefix, _, attribute = str(operand.target).rpartition(".")
+            holder, path = _holder(gm, prefix)
+            if path == prefix and hasattr(holder, attribute):
+                delattr(holder, attribute)
+
+
+def _readers(gm: GraphModule, node: Node) -> list[Node]:
+    """The nodes that hold the same weight: captures make one `get_attr` a use."""
+    return [other for other in gm.graph.find_nodes(op="get_attr") if other.target == node.target]
 
 
 def _is_written(node: Node) -> bool:

@@ -1,3 +1,14 @@
+"""Low-rank models in PyTorch: PIFA, M, and a compiler for both (arXiv 2501.19090)."""
+
 from . import registration
+from .compress import CompressConfig as CompressConfig
+from .compress import compress as compress
+from .errors import PifaError as PifaError
+from .factors import PifaFactors as PifaFactors
+from .factors import factorize as factorize
+from .factors import rank_for_density as rank_for_density
+from .linear import PifaLinear as PifaLinear
+from .report import LayerReport as LayerReport
+from .report import Report as Report
 
 registration.install()

@@ -1,9 +1,9 @@
 """The `torch.compile` backend: `torch.compile(model, backend="pifa")`, found by name without importing this package.
 
-It rewrites the captured graph by the passes of `passes.DEFAULT_PASSES` and hands it to Inductor. Layers that are in PIFA
-form already are lowered; pairs of low-rank factors and single weights of deficient rank are brought into PIFA form first,
-without loss. Factors made here are constants of the compiled code, so every call checks that the weights they were made
-from are still the same tensors, unchanged (see `_Compiled`).
+It rewrites the captured graph by the passes of `passes.DEFAULT_PASSES` and hands it to Inductor. Layers that are in
+PIFA form already are lowered; pairs of low-rank factors and single weights of deficient rank are brought into PIFA form
+first, without loss. Factors made here are constants of the compiled code, so every call checks that the weights they
+were made from are still the same tensors, unchanged (see `_Compiled`).
 """
 
 import copy
@@ -85,9 +85,9 @@ def pifa(
 ) -> Callable[..., Any]:
     """Compiles a captured graph by Inductor, its low-rank linears in PIFA form; a backend of `torch.compile`.
 
-    Weights that require grad are left as they are; layers that are in PIFA form already can be trained. A weight that is
-    changed in place after compilation falls back to the code without it, with a warning. Writes through `.data` leave
-    no trace that could be checked: recompile after those.
+    Weights that require grad are left as they are; layers that are in PIFA form already can be trained. A weight that
+    is changed in place after compilation falls back to the code without it, with a warning. In-place writes through
+    `.data` leave no trace that could be checked: call `torch.compiler.reset()` after those.
 
     Args:
         gm: the graph; it is not changed.
@@ -140,6 +140,10 @@ class _Variant:
     def fits(self, args: Sequence[Any]) -> bool:
         return all(binding.fits(args) for binding in self.bindings)
 
+    def may_fit_again(self) -> bool:
+        """Whether all weights are still there, with the values that were compiled in."""
+        return all(binding.tensor() is not None and not binding.is_stale() for binding in self.bindings)
+
 
 class _Compiled:
     """What the backend returns: runs the variant that was compiled for the weights it is called with.
@@ -170,14 +174,15 @@ class _Compiled:
         for variant in self._variants:
             if variant.fits(args):
                 return variant
-        stale = [binding for variant in self._variants for binding in variant.bindings if binding.is_stale()]
-        for binding in stale:
+        for binding in [binding for variant in self._variants for binding in variant.bindings if binding.is_stale()]:
             self._fall_back(binding)
-        self._variants = [variant for variant in self._variants if all(b.tensor() is not None for b in variant.bindings)]
+        self._variants = [
+            variant for variant in self._variants if all(b.tensor() is not None for b in variant.bindings)
+        ]
         self._variants = [variant for variant in self._variants if not any(b.is_stale() for b in variant.bindings)]
         if len(self._variants) >= MAX_VARIANTS:
-            message = f"one graph was called with more than {MAX_VARIANTS} sets of weights; further ones stay dense"
-            self._warn(Record("pifa", "graph", Skip(message)))
+            reason = Skip(f"called with more than {MAX_VARIANTS} sets of weights; further ones stay as they are")
+            self._warn("graph", reason)
             return _Variant((), self._dense(args))
         variant = self._build(args, self._example_inputs(args))
         self._variants.append(variant)
@@ -190,7 +195,7 @@ class _Compiled:
         placeholders = gm.graph.find_nodes(op="placeholder")
         position = {node: i for i, node in enumerate(placeholders)}
         before = linear_weights(gm)
-        weights = {node: tensor_at(gm, node) for node in before}
+        weights = {node: tensor for node in before if (tensor := tensor_at(gm, node)) is not None}
         for node, tensor in weights.items():
             if (reason := self._reason_to_leave(tensor)) is not None:
                 withhold(node, reason)
@@ -216,9 +221,14 @@ class _Compiled:
         return self._shared
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._dynamo.source import SyntheticLocalSource
         from torch._inductor.compile_fx import compile_fx
 
         unbind_inputs(gm)
+        sources = getattr(gm, "_param_name_to_source", None)
+        if sources is not None:
+            for name in {**dict(gm.named_parameters()), **dict(gm.named_buffers())}:
+                sources.setdefault(name, SyntheticLocalSource(f"pifa_{name}"))
         gradients = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in example_inputs
         )
@@ -227,10 +237,9 @@ class _Compiled:
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None
         with tracing(TracingContext(fake_mode)) if alone else nullcontext():
-            compiled: Callable[..., Any] = compile_fx(
-                GraphModule(gm, gm.graph), example_inputs, config_patches=dict(self._settings.inductor)
-            )
-        return compiled
+            compiled: Any = compile_fx(gm, example_inputs, config_patches=dict(self._settings.inductor))
+        run: Callable[..., Any] = compiled
+        return run
 
     def _example_inputs(self, args: Sequence[Any]) -> list[Any]:
         """Inputs to compile a further variant with: what Dynamo traced with, so that symbolic sizes stay symbolic."""
@@ -250,7 +259,7 @@ class _Compiled:
         self._updated[tensor] = True
         placeholders = self._gm.graph.find_nodes(op="placeholder")
         name = "weight" if binding.position is None else placeholders[binding.position].name
-        self._warn(Record("pifa", name, UPDATED))
+        self._warn(name, UPDATED)
 
     def _record(self, records: Iterable[Record], fatal: bool = True) -> None:
         for record in records:
@@ -262,12 +271,11 @@ class _Compiled:
                 if self._settings.strict and fatal:
                     raise PassError(f"{record.rule} left {record.node}: {record.outcome.reason}; or drop strict=True")
 
-    def _warn(self, record: Record) -> None:
-        assert isinstance(record.outcome, Skip)
-        self._settings.report.append(record)
-        log.warning("%s falls back to the code without PIFA: %s", record.node, record.outcome.reason)
+    def _warn(self, node: str, reason: Skip) -> None:
+        self._settings.report.append(Record("pifa", node, reason))
+        log.warning("%s falls back to the code without PIFA: %s", node, reason.reason)
         if self._settings.strict:
-            raise PassError(f"{record.node} falls back: {record.outcome.reason}; or drop strict=True")
+            raise PassError(f"{node} falls back to the code without PIFA: {reason.reason}; or drop strict=True")
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
@@ -277,5 +285,14 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 def _copy_module(gm: GraphModule) -> GraphModule:
     """A module of its own for passes to rewrite: the graph is copied, weights are shared."""
-    graph = copy.deepcopy(gm.graph)
-    return GraphModule(gm, graph)
+    new: Any = GraphModule(gm, copy.deepcopy(gm.graph))
+    # What AOTAutograd reads off Dynamo's modules: where every input comes from, and which of them never move.
+    new.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        sources: Any = gm._param_name_to_source
+        new._param_name_to_source = dict(sources)
+    for old, node in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        if hasattr(old, "_dynamo_source"):
+            node._dynamo_source = old._dynamo_source
+    module: GraphModule = new
+    return module

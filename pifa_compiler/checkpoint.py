@@ -527,8 +527,6 @@ def _model_card(model: Any, settings: Mapping[str, Any]) -> str:
         + ("" if requested is None else f" (asked for: {requested})"),
         "- written by: " + ", ".join(f"{package} {number}" for package, number in settings["versions"].items()),
     ]
-    if origin := Path(model.config.name_or_path or "").name:
-        facts.insert(0, f"- made from: {origin}")
     return _CARD.format(name=name, facts="\n".join(facts))
 
 

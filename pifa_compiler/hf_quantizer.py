@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -131,6 +132,7 @@ class PifaHfQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{name}: its row order was left on disk; load without offloading, or with more memory"
                     )
                 check_pivots(module.pivots, module.rank, module.out_features, name)
+                module.__class__ = PifaLinear
                 module.restore_order()
         # Factors are ordinary floating-point parameters: half(), float() and training need no special care.
         model.is_quantized = False
@@ -207,5 +209,17 @@ def _dense_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.nf), int(module.nx)
 
 
-def _empty_layer(layer: LayerShape, dtype: Any) -> PifaLinear:
-    return PifaLinear(layer.in_features, layer.out_features, layer.rank, bias=layer.bias, device="meta", dtype=dtype)
+class _Unloaded(PifaLinear):
+    """A layer between the meta device and its values.
+
+    transformers initializes what it has not loaded, which lets some models write on the weights of their linear layers
+    whether loaded or not. They get a stand-in to write on; the dense weight is not built, nor is its row order there.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, device="meta", dtype=self.w_pivot.dtype)
+
+
+def _empty_layer(layer: LayerShape, dtype: torch.dtype) -> PifaLinear:
+    return _Unloaded(layer.in_features, layer.out_features, layer.rank, layer.bias, device="meta", dtype=dtype)

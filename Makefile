@@ -1,0 +1,32 @@
+# Every target works on a fresh clone: the first one that runs makes the virtual environment.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint types bench
+
+demo: .venv/.installed
+	$(BIN)/pifa demo
+
+test: .venv/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+test-all: .venv/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m ""
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow the editable install's map of folders, so it checks an installed copy, from outside the root.
+types: .venv/.installed
+	rm -rf build/lib build/types
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[hf,onnx,plot,gpu,dev]'
+	touch $@

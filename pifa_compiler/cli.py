@@ -1,0 +1,303 @@
+"""The command line `pifa`: parses, calls and prints. What is printed for people is laid out in `cli_print`.
+
+Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 interrupted.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import cli_print
+from .errors import ConfigError, PifaError
+
+
+class _Verbs(TyperGroup):
+    """Turns what this package refuses, and an interrupt, into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PifaError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted; nothing was written", err=True)
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="Makes language models smaller and faster without training: low-rank linears in PIFA form.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local folder, a name on the Hugging Face Hub, or a .gguf file.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `pifa compress` has written.")]
+Data = Annotated[
+    str, typer.Option(help="wikitext2, pydoc (the texts in CPython's help), or a .txt, .jsonl or .parquet file.")
+]
+CalibrationData = Annotated[
+    str,
+    typer.Option(
+        help="wikitext2, pydoc (the texts in CPython's help), self (text that the model writes), "
+        "or a .txt, .jsonl or .parquet file."
+    ),
+]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="auto (as stored), float32, bfloat16 or float16. Default: auto, for GGUF float32."),
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let Python code that comes with MODEL run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="pifa")
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"pifa-compiler {version('pifa-compiler')}")
+        raise typer.Exit
+
+
+@app.command(
+    "compress",
+    no_args_is_help=True,
+    epilog="Example: pifa compress HuggingFaceTB/SmolLM2-135M -o smol-pifa --density 0.6 --data wikitext2",
+)
+def compress_verb(
+    name: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
+    density: Annotated[float, typer.Option(help="Stored numbers over dense numbers, in (0, 1]; never exceeded.")] = 0.5,
+    method: Annotated[str, typer.Option(help="How weights are made low-rank; an unknown name lists all.")] = "optimal",
+    mix: Annotated[float, typer.Option(help="Share of the dense model's inputs in the target, in [0, 1].")] = 0.25,
+    damping: Annotated[float, typer.Option(help="Regularisation, relative to the Gram matrix.")] = 1e-3,
+    data: CalibrationData = "pydoc",
+    skip: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Linears to leave dense. Repeatable.")] = None,
+    rank: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=RANK", help="Ranks for linears by name, whatever the density. Repeatable."),
+    ] = None,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are rounded down to a multiple of this.")] = 32,
+    dtype: Dtype = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Seqlen = 2048,
+    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model's linears low-rank and save it in PIFA form."""
+    from .compress import CompressConfig, compress
+
+    _check_dtype(dtype)
+    try:
+        config = CompressConfig(
+            density, method, mix, damping, _ranks(rank or []), tuple(skip or ()), rank_multiple=rank_multiple
+        )
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    with _work(as_json):
+        from .calibration import calibration_batches, read_text
+        from .checkpoint import check_destination, save_pretrained
+        from .pretrained import load_model, load_tokenizer
+
+        check_destination(output, overwrite=force)
+        if data != "self":
+            read_text(data, "calibration")  # a missing text is refused before the weights are read
+        tokenizer = load_tokenizer(name)
+        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+        with _progress("compressing", as_json) as progress:
+            report = compress(model, batches, config, progress=progress)
+        save_pretrained(model, output, tokenizer=tokenizer, report=report, overwrite=force)
+    if as_json:
+        _print_json({**report.to_dict(), "output": str(output), "bytes": cli_print.folder_bytes(output)})
+    else:
+        cli_print.summary(report, output, data)
+
+
+@app.command("eval", no_args_is_help=True, epilog="Example: pifa eval smol-pifa --data wikitext2 --windows 20")
+def eval_verb(
+    name: ModelName,
+    data: Data = "pydoc",
+    windows: Annotated[int | None, typer.Option(min=1, help="How many; default: all of the text.")] = None,
+    seqlen: Seqlen = 2048,
+    dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity over consecutive windows of a text."""
+    _check_dtype(dtype)
+    with _work(as_json):
+        from .calibration import evaluation_batches, read_text
+        from .perplexity import perplexity
+        from .pretrained import load_model, load_tokenizer
+
+        read_text(data, "evaluation")
+        tokenizer = load_tokenizer(name)
+        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        batches = evaluation_batches(data, model, tokenizer, seqlen=seqlen, limit=windows)
+        with _progress("windows", as_json) as progress:
+            result = perplexity(model, batches, progress)
+    if as_json:
+        _print_json(vars(result))
+    else:
+        typer.echo(
+            f"perplexity {result.perplexity:.4f}  ({data}: {result.windows} windows of {result.seqlen}, "
+            f"{result.tokens:,} tokens predicted)"
+        )
+
+
+@app.command("generate", no_args_is_help=True, epilog='Example: pifa generate smol-pifa "Low-rank matrices are" --compile')
+def generate_verb(
+    name: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model; any other MODEL does as well.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
+    compiled: Annotated[
+        bool, typer.Option("--compile", help='Run through torch.compile(backend="pifa"); the first tokens take a while.')
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
+    dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, greedily."""
+    _check_dtype(dtype)
+    if not prompt.strip():
+        raise typer.BadParameter("the prompt is empty")
+    with _work(as_json):
+        from .cli_generate import compile_decoding, generate, prompt_tokens
+        from .pretrained import check_vocabulary, load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(name)
+        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_vocabulary(model, tokenizer)
+        tokens = prompt_tokens(model, tokenizer, prompt, max_new_tokens)
+        if compiled:
+            compile_decoding(model, "pifa")
+        with _progress("tokens", as_json) as progress:
+            result = generate(model, tokens, max_new_tokens, progress)
+        text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+    if as_json:
+        _print_json({"prompt": prompt, "text": text, "compiled": compiled, **result.to_dict()})
+    else:
+        typer.echo(prompt + str(text))
+        typer.echo(f"({len(result.tokens)} tokens in {result.seconds:.1f} s)", err=True)
+
+
+@app.command("inspect", no_args_is_help=True, epilog="Example: pifa inspect smol-pifa")
+def inspect_verb(folder: Folder, as_json: Json = False) -> None:
+    """Show a compressed model layer by layer."""
+    with _work(as_json):
+        from .cli_inspect import inspect
+
+        found = inspect(folder)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        cli_print.layers(found, folder)
+
+
+@app.command("demo", epilog="Example: pifa demo -o smol-pifa")
+def demo_verb(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")] = Path("pifa-demo"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress SmolLM2-135M and compare it with what it was: some minutes, on any CPU."""
+    with _work(as_json):
+        from .checkpoint import check_destination
+        from .demo import run
+
+        check_destination(output, overwrite=force)
+        with _progress("demo", as_json) as progress:
+            result = run(output, overwrite=force, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        cli_print.demo(result, output)
+
+
+def _ranks(pairs: list[str]) -> dict[str, int]:
+    """PATTERN=RANK, each, as a mapping."""
+    ranks = {}
+    for pair in pairs:
+        pattern, _, number = pair.rpartition("=")
+        if not pattern or not number.isdecimal():
+            raise typer.BadParameter(f"--rank takes PATTERN=RANK such as '*.down_proj=96', got {pair!r}")
+        ranks[pattern] = int(number)
+    return ranks
+
+
+def _check_dtype(dtype: str | None) -> None:
+    from .pretrained import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+@contextlib.contextmanager
+def _work(as_json: bool) -> Iterator[None]:
+    """Sends whatever libraries print to stderr, and keeps their progress bars away where they would be noise."""
+    if as_json or not sys.stderr.isatty():
+        for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(switch, "1")
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _progress(title: str, as_json: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, for people; gives progress(done, total, what)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    hidden = as_json or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(title, total=None, what="")
+
+        def advance(done: int, total: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=total, what=what)
+
+        yield advance
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(_finite(values), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

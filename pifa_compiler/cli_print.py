@@ -1,0 +1,102 @@
+"""How results look in a terminal."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from .report import Report
+
+if TYPE_CHECKING:
+    from .cli_inspect import Inspection
+    from .demo import DemoResult, Side
+
+_PIPED_WIDTH = 160
+
+
+def summary(report: Report, output: Path, data: str) -> None:
+    """What `pifa compress` has done, and what to do next."""
+    console, where = _console(), shlex.quote(str(output))
+    rows = [
+        ("saved", f"{output} ({_bytes(folder_bytes(output))})"),
+        ("density", f"{report.density_requested} asked, {report.density:.4f} reached"),
+        ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
+        ("layers", f"{len(report.factorized)} in PIFA form, {len(report.skipped)} left dense"),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for layer in report.skipped:
+        reasons.setdefault(str(layer.skipped), []).append(layer.name)
+    rows += [("", f"{_names(names)}: {reason}") for reason, names in reasons.items()]
+    rows += [("seconds", f"{report.seconds:.1f}")]
+    measured_on = "pydoc" if data == "self" else shlex.quote(data)
+    rows += [
+        ("next", f"pifa eval {where} --data {measured_on}"),
+        ("", f'pifa generate {where} "Once upon a time"'),
+        ("", f"pifa inspect {where}"),
+        ("in Python", "import pifa_compiler"),
+        ("", f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(output))})"),
+    ]
+    _print_rows(console, rows)
+
+
+def layers(found: "Inspection", folder: Path) -> None:
+    """A table by layer, and totals."""
+    table = Table(title=str(folder), show_footer=True)
+    table.add_column("layer", "total", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("before", f"{found.stored_before:,}", justify="right", no_wrap=True)
+    table.add_column("after", f"{found.stored_after:,}", justify="right", no_wrap=True)
+    table.add_column("max|coeff|", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("left dense because", overflow="fold")
+    for layer in found.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            "dense" if layer.rank is None else str(layer.rank),
+            f"{layer.stored_before:,}",
+            f"{layer.stored_after:,}",
+            "" if layer.max_coeff is None else f"{layer.max_coeff:.2f}",
+            "" if layer.error is None else f"{layer.error:.4f}",
+            "; ".join((*((layer.skipped,) if layer.skipped else ()), *layer.notes)),
+        )
+    console = _console()
+    console.print(table)
+    rows = [("method", found.method or "unknown")]
+    if found.density is not None:
+        asked = "" if found.density_requested is None else f"{found.density_requested} asked, "
+        rows.append(("density", f"{asked}{found.density:.4f} reached"))
+    if found.params_before is not None and found.params_after is not None:
+        rows.append(("parameters", f"{found.params_before:,} -> {found.params_after:,} in the whole model"))
+    rows.append(("size", _bytes(folder_bytes(folder))))
+    _print_rows(console, rows)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    for title, text in rows:
+        console.print(f"{title:<11}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def _console() -> Console:
+    """Standard output; as wide as the terminal, or wide enough for a table where it goes into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(_PIPED_WIDTH, shutil.get_terminal_size().columns))

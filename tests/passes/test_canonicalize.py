@@ -1,0 +1,188 @@
+import operator
+
+import pytest
+import torch
+from graphs import Capture, call, capture_by_export, op_counts
+from pifa_compiler.passes import Canonicalize, Skip, run_passes
+from pifa_compiler.passes.weights import COMPUTED, Weight, weight_of
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+aten = torch.ops.aten
+
+
+class Spelling(nn.Module):
+    """A linear from 6 to 4 features, spelled by `forward`; `w` is [4, 6], `m` is [6, 4]."""
+
+    def __init__(self, spell) -> None:
+        super().__init__()
+        self.w, self.m, self.b = (nn.Parameter(torch.randn(*s)) for s in ((4, 6), (6, 4), (4,)))
+        self.fc = nn.Linear(6, 4)
+        self.spell = spell
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spell(self, x)
+
+
+SPELLINGS = {
+    "module": lambda s, x: s.fc(x),
+    "functional": lambda s, x: F.linear(x, s.w, s.b),
+    "functional-keywords": lambda s, x: F.linear(input=x, weight=s.w, bias=s.b),
+    "functional-transposed": lambda s, x: F.linear(x, s.m.t()),
+    "aten": lambda s, x: aten.linear.default(x, s.w, s.b),
+    "addmm": lambda s, x: torch.addmm(s.b, x, s.m),
+    "addmm-one": lambda s, x: torch.addmm(s.b, x, s.m, beta=1, alpha=1),
+    "aten-addmm-t": lambda s, x: aten.addmm.default(s.b, x, s.w.t()),
+    "mm": lambda s, x: torch.mm(x, s.m),
+    "aten-mm": lambda s, x: aten.mm.default(x, s.m),
+    "matmul": lambda s, x: torch.matmul(x, s.m),
+    "aten-matmul": lambda s, x: aten.matmul.default(x, s.m),
+    "operator": lambda s, x: x @ s.m,
+    "T": lambda s, x: x @ s.w.T,
+    "mT": lambda s, x: x @ s.w.mT,
+    "transpose": lambda s, x: x @ s.w.transpose(0, 1),
+    "transpose-negative": lambda s, x: x @ s.w.transpose(-1, -2),
+    "permute": lambda s, x: x @ s.w.permute(1, 0),
+    "permute-identity": lambda s, x: x @ s.m.permute(0, 1),
+    "twice": lambda s, x: x @ s.m.t().t(),
+    "thrice": lambda s, x: x @ torch.transpose(s.w.t().T, 0, 1),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_canonicalize_makes_every_spelling_one(spelling: str, capture: Capture):
+    model, x = Spelling(SPELLINGS[spelling]), torch.randn(3, 6)
+    gm = capture(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    counts = op_counts(gm)
+    assert counts.pop(aten.linear.default) == 1
+    assert counts.pop(aten.t.default, 1) == 1
+    assert counts == {}
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    weight = weight_of(gm, linear.args[1])
+    assert isinstance(weight, Weight)
+    assert weight.tensor.shape == (4, 6)
+    assert weight.node.op in ("get_attr", "placeholder")
+    assert_close(call(gm, x), model(x))
+    assert run_passes(gm, [Canonicalize()]) == []  # a second run finds nothing
+
+
+def test_canonicalize_keeps_batch_dimensions(capture: Capture):
+    model, x = Spelling(lambda s, x: x @ s.m), torch.randn(2, 3, 6)
+    gm = capture(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    assert op_counts(gm) == {aten.t.default: 1, aten.linear.default: 1}
+    assert_close(call(gm, x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("spell", "reason"),
+    [
+        (lambda s, x: torch.addmm(s.b, x, s.m, alpha=2), "addmm scales its terms: beta=None, alpha=2"),
+        (lambda s, x: torch.addmm(s.b, x, s.m, beta=0.5), "addmm scales its terms: beta=0.5, alpha=None"),
+        (lambda s, x: torch.addmm(x @ s.m, x, s.m), "addmm's first argument is not known to be a bias vector"),
+    ],
+    ids=["alpha", "beta", "bias"],
+)
+def test_canonicalize_leaves_near_misses(spell, reason: str):
+    model, x = Spelling(spell), torch.randn(3, 6)
+    gm = symbolic_trace(model)
+    records = run_passes(gm, [Canonicalize()])
+    assert Skip(reason) in [record.outcome for record in records]
+    assert_close(gm(x), model(x))
+
+
+def test_canonicalize_leaves_a_module_with_hooks():
+    model = nn.Sequential(nn.Linear(6, 4))
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    gm = symbolic_trace(model)
+    (record,) = run_passes(gm, [Canonicalize()])
+    assert record.outcome == Skip("module has hooks, which would no longer run")
+
+
+def test_canonicalize_leaves_products_of_activations(capture: Capture):
+    model, x = Spelling(lambda s, x: (x @ s.m) @ (x @ s.m).t()), torch.randn(3, 6)
+    gm = capture(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    assert op_counts(gm)[aten.linear.default] in (1, 2)  # both inner products, shared or not
+    assert_close(call(gm, x), model(x))
+
+
+def test_canonicalize_leaves_a_subclass_of_linear():
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return True
+
+    model = nn.Sequential(Doubled(6, 4))
+    gm = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert run_passes(gm, [Canonicalize()]) == []
+
+
+def test_weight_of_reads_weights_as_rows_of_outputs(capture: Capture):
+    model, x = Spelling(lambda s, x: x @ s.m), torch.randn(3, 6)
+    gm = capture(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    weight = weight_of(gm, linear.args[1])
+    assert isinstance(weight, Weight)
+    assert torch.equal(weight.tensor, model.m.t())
+
+
+def test_weight_of_refuses_what_the_graph_computes():
+    gm = capture_by_export(Spelling(lambda s, x: F.linear(x, s.w * 2)), (torch.randn(3, 6),))
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert weight_of(gm, linear.args[1]) == COMPUTED
+
+
+def test_weight_of_never_reads_a_fake_tensor():
+    with torch._subclasses.FakeTensorMode():
+        model = nn.Sequential(nn.Linear(6, 4))
+    gm = symbolic_trace(model)
+    run_passes(gm, [Canonicalize()])
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert weight_of(gm, linear.args[1]) == COMPUTED
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda graph, w: graph.call_method("mul_", (w, 2)),
+        lambda graph, w: graph.call_function(operator.imul, (w, 2)),
+        lambda graph, w: graph.call_function(operator.setitem, (w, 0, 0.0)),
+        lambda graph, w: graph.call_function(torch.mul, (w, 2), {"out": w}),
+        lambda graph, w: graph.call_function(aten.mul_.Tensor, (w, 2)),
+        lambda graph, w: graph.call_method("mul_", (graph.call_method("t", (w,)), 2)),
+    ],
+    ids=["method", "operator", "setitem", "out", "aten", "view"],
+)
+def test_weight_of_refuses_what_the_graph_changes(write):
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.get_attr("w")
+    write(graph, w)
+    again = graph.get_attr("w")  # captures make one node a use
+    graph.output(graph.call_function(aten.linear.default, (x, again)))
+    gm = torch.fx.GraphModule({"w": torch.randn(4, 6)}, graph)
+    assert weight_of(gm, again) == Skip("weight is changed in the graph")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda graph, w: graph.call_method("sum", (w,)),
+        lambda graph, w: graph.call_function(F.embedding, (graph.placeholder("ids"), w)),
+        lambda graph, w: graph.call_method("__getitem__", (w, 0)),
+    ],
+    ids=["sum", "embedding", "getitem"],
+)
+def test_weight_of_lets_others_read_the_weight(read):
+    graph = torch.fx.Graph()
+    w = graph.get_attr("w")
+    read(graph, w)
+    gm = torch.fx.GraphModule({"w": torch.randn(4, 6)}, graph)
+    assert isinstance(weight_of(gm, w), Weight)

@@ -1,0 +1,19 @@
+import torch
+from graphs import Capture, call, low_rank, op_counts
+from pifa_compiler.passes import DEFAULT_PASSES, run_passes
+from torch import nn
+from torch.testing import assert_close
+
+pifa = torch.ops.pifa
+
+
+def test_the_default_passes_bring_every_low_rank_form_into_pifa(capture: Capture):
+    pair = nn.Sequential(nn.Linear(16, 5, bias=False), nn.Linear(5, 24))
+    single = nn.Linear(24, 16)
+    single.weight.data = low_rank(16, 24, rank=4)
+    model, x = nn.Sequential(pair, nn.ReLU(), single, nn.Tanh()).requires_grad_(False), torch.randn(3, 16)
+    gm = capture(model, (x,))
+    run_passes(gm, [rule() for rule in DEFAULT_PASSES])
+    assert op_counts(gm)[pifa.linear.default] == 2
+    assert len(op_counts(gm)) == 3  # with the two activations
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-5)  # lossless up to float32 rounding
