@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py MODEL CALIBRATION_TEXT TEST_TEXT --densities 0.8,0.5 --methods optimal,mpifa
 
-Calibrates on 16 windows of 2048 tokens (starts drawn with seed 3), measures on the first 16 consecutive windows. Appends
-one row a model to benchmarks/results/quality.csv, with everything needed to repeat it.
+Calibrates on 16 windows of 2048 tokens (starts drawn with seed 3), measures on the first 16 consecutive windows.
+Appends one row a model to benchmarks/results/quality.csv, with everything needed to repeat it.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import datetime
 import platform
 import resource
 import subprocess
-import time
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "quality.csv"
 
 
 def main() -> None:
+    """Parses the options and runs every method at every density."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration")

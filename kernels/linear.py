@@ -2,8 +2,8 @@
 
     y_p = x w_pivot^T        y_n = y_p coeff^T        y = [y_p, y_n][order] + bias
 
-(Zhao, Zhang and Cannistraci, ICML 2025, arXiv 2501.19090, section 3). `order` is the *gather* index: `order[j]` is the
-stored row that holds output row j. The scatter index is `argsort(order)`.
+(Zhao, Zhang and Cannistraci, ICML 2025, arXiv 2501.19090, section 3). `order` is the *gather* index: `order[j]` is
+the stored row that holds output row j. The scatter index is `argsort(order)`.
 
 The operator is registered CompositeImplicitAutograd: its body is the plain subgraph, so gradients and fake tensors need
 no registration of their own, `torch.export` and Dynamo keep one node that passes and exporters match, and a backend that
@@ -23,7 +23,8 @@ def _linear_body(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None
     y = torch.cat((y_pivot, dense_linear(y_pivot, coeff)), dim=-1)
     if order is not None:
         y = y.index_select(-1, order)
-    return y if bias is None else y + bias
+    # Under autocast y is of a half precision and the bias is not; a dense layer returns the half precision.
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 _LIBRARY.impl("linear", _linear_body, "CompositeImplicitAutograd")

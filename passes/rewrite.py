@@ -88,7 +88,13 @@ def _run_pass(gm: GraphModule, rule: Rewrite, strict: bool) -> list[Record]:
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         records.append(Record(name, node.name, new.name))
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
     gm.graph.lint()
     gm.recompile()
     return records
+
+
+def _has_effects(node: Node) -> bool:
+    """Whether a node without users must stay. torch.fx does not know that methods such as `mul_` write in place."""
+    in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return in_place or node.is_impure()

@@ -43,7 +43,8 @@ def calibration_batches(
     Raises:
         DataError: the source cannot be read, or is too short.
         ConfigError: the tokenizer or `seqlen` does not fit the model.
-        CalibrationError: source "self", and the model has no key/value cache, no start token or logits that are not finite.
+        CalibrationError: source "self", and the model has no key/value cache or start token, or its logits are not
+            finite.
     """
     _check_fit(model, tokenizer, seqlen)
     if source == "self":
@@ -166,7 +167,9 @@ def _continue(model: nn.Module, tokens: Tensor, seqlen: int, generator: torch.Ge
         output = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
         cache = getattr(output, "past_key_values", None)
         if cache is None:
-            raise CalibrationError('the model returns no key/value cache, which source "self" needs; calibrate on a text')
+            raise CalibrationError(
+                'the model returns no key/value cache, which source "self" needs; calibrate on a text'
+            )
         logits = output.logits[:, -1].float()
         if not bool(torch.isfinite(logits).any(dim=1).all()) or bool(logits.isnan().any()):
             raise CalibrationError("the model's logits are not finite, so it cannot write text; check its weights")
@@ -244,7 +247,8 @@ def _families(topics: dict[str, str]) -> list[list[str]]:
 def _read_file(path: Path) -> str:
     if path.suffix not in SUFFIXES:
         raise DataError(
-            f"{path} is no known text source; give one of {', '.join(SOURCES)}, or a file ending in {', '.join(SUFFIXES)}"
+            f"{path} is no known text source; give one of {', '.join(SOURCES)}, "
+            f"or a file ending in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
         raise DataError(f"there is no file {path}")

@@ -51,7 +51,8 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     if any(spec != flat[0][1] for _, spec in flat):
         raise CalibrationError("all calibration batches must pass the same arguments; they differ in structure")
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in training:
+        module.training = False  # not eval(): exported graphs refuse to be called so
     try:
         graph = _export(model, calls[0], _dynamic_shapes([values for values, _ in flat], flat[0][1]))
     finally:

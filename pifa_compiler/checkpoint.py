@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -207,6 +207,13 @@ def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
     attach(model, config)
     settings: dict[str, Any] = config.to_dict()
     return settings
+
+
+def describe_if_pretrained(model: Any, report: Report) -> None:
+    """Calls `describe` where there is something to describe: a Hugging Face model with layers in PIFA form."""
+    pretrained = hasattr(model, "config") and hasattr(model, "save_pretrained")
+    if pretrained and any(isinstance(layer, PifaLinear) for layer in model.modules()):
+        describe(model, report)
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -473,7 +480,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -491,8 +498,8 @@ def _saved_class(config: Any, where: str) -> Any:
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        registered = auto._model_mapping.get(type(config), None)
-        if registered is not None and registered.__name__ == name:
+        registered: Any = auto._model_mapping.get(type(config), None)
+        if isinstance(registered, type) and registered.__name__ == name:
             return registered
     raise CheckpointError(
         f"{where}: transformers has no class {name!r}; import the code that registers it, or load it with "

@@ -70,13 +70,19 @@ def main() -> None:
     app(prog_name="pifa")
 
 
-@app.callback()
-def _options(
-    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
-) -> None:
-    if show_version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"pifa-compiler {version('pifa-compiler')}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before a verb; each does what it does by its own callback."""
 
 
 @app.command(
@@ -92,7 +98,9 @@ def compress_verb(
     mix: Annotated[float, typer.Option(help="Share of the dense model's inputs in the target, in [0, 1].")] = 0.25,
     damping: Annotated[float, typer.Option(help="Regularisation, relative to the Gram matrix.")] = 1e-3,
     data: CalibrationData = "pydoc",
-    skip: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Linears to leave dense. Repeatable.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Linears to leave dense. Repeatable.")
+    ] = None,
     rank: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=RANK", help="Ranks for linears by name, whatever the density. Repeatable."),
@@ -168,12 +176,15 @@ def eval_verb(
         )
 
 
-@app.command("generate", no_args_is_help=True, epilog='Example: pifa generate smol-pifa "Low-rank matrices are" --compile')
+@app.command(
+    "generate", no_args_is_help=True, epilog='Example: pifa generate smol-pifa "Low-rank matrices are" --compile'
+)
 def generate_verb(
     name: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model; any other MODEL does as well.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
     compiled: Annotated[
-        bool, typer.Option("--compile", help='Run through torch.compile(backend="pifa"); the first tokens take a while.')
+        bool,
+        typer.Option("--compile", help='Run through torch.compile(backend="pifa"); the first tokens take a while.'),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     dtype: Dtype = None,
@@ -185,17 +196,16 @@ def generate_verb(
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")
     with _work(as_json):
-        from .cli_generate import compile_decoding, generate, prompt_tokens
+        from .cli_generate import compile_step, generate, prompt_tokens
         from .pretrained import check_vocabulary, load_model, load_tokenizer
 
         tokenizer = load_tokenizer(name)
         model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         check_vocabulary(model, tokenizer)
         tokens = prompt_tokens(model, tokenizer, prompt, max_new_tokens)
-        if compiled:
-            compile_decoding(model, "pifa")
+        step = compile_step(model, "pifa") if compiled else None
         with _progress("tokens", as_json) as progress:
-            result = generate(model, tokens, max_new_tokens, progress)
+            result = generate(model, tokens, max_new_tokens, progress, step=step)
         text = tokenizer.decode(result.tokens, skip_special_tokens=True)
     if as_json:
         _print_json({"prompt": prompt, "text": text, "compiled": compiled, **result.to_dict()})
@@ -269,7 +279,14 @@ def _work(as_json: bool) -> Iterator[None]:
 def _progress(title: str, as_json: bool) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr, for people; gives progress(done, total, what)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,22 +20,17 @@ class Generated:
 
     Attributes:
         tokens: the new token ids.
-        seconds: from the call to the last token.
-        decode_seconds: without the prompt's pass, which gives the first token.
+        seconds: from the call to the last token, compilation included.
+        step_seconds: of each token after the first, which comes from the pass over the prompt.
     """
 
     tokens: list[int]
     seconds: float
-    decode_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None if there are none."""
-        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else None
+    step_seconds: list[float]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"tokens": len(self.tokens), "seconds": self.seconds, "tokens_per_second": self.tokens_per_second}
+        return {"tokens": len(self.tokens), "seconds": self.seconds}
 
 
 def prompt_tokens(
@@ -46,25 +41,24 @@ def prompt_tokens(
     Raises:
         ConfigError: it has no tokens, or leaves no room for the new ones.
     """
-    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    assert isinstance(tokens, Tensor)  # noqa: S101 -- narrows the type
-    if tokens.shape[-1] == 0:
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+    if tokens.shape[1] == 0:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; write a longer one")
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens.shape[-1] + max_new_tokens > longest:
+    if isinstance(longest, int) and tokens.shape[1] + max_new_tokens > longest:
         raise ConfigError(
-            f"the model takes at most {longest} tokens at once, got {tokens.shape[-1]} of the prompt and "
+            f"the model takes at most {longest} tokens at once, got {tokens.shape[1]} of the prompt and "
             f"{max_new_tokens} new ones; lower --max-new-tokens"
         )
-    return tokens.long()
+    return tokens
 
 
-def compile_decoding(model: "PreTrainedModel", backend: str) -> None:
-    """Has every later call of the model compiled.
+def compile_step(model: "PreTrainedModel", backend: str) -> Callable[..., Any]:
+    """The model compiled for `generate`: one graph, for one token and a cache of fixed size.
 
-    Together with `generate`, whose cache keeps its size, two graphs are enough: the prompt's pass, and one token.
+    A new size of the cache is a new graph; the pass over the prompt is not compiled, it runs once and for any length.
     """
-    model.compile(backend=backend, dynamic=False)
+    return torch.compile(model, backend=backend, dynamic=False)
 
 
 @torch.no_grad()
@@ -74,6 +68,7 @@ def generate(
     max_new_tokens: int,
     progress: Callable[[int, int], None] | None = None,
     *,
+    step: Callable[..., Any] | None = None,
     stop: bool = True,
 ) -> Generated:
     """Writes greedily until the end of the text or for `max_new_tokens`.
@@ -83,9 +78,48 @@ def generate(
         prompt: token ids [1, n].
         max_new_tokens: at most so many.
         progress: called with (tokens done, tokens at most).
+        step: what to take every token after the first from, see `compile_step`; None is the model itself.
         stop: whether an end-of-text token ends it.
 
     Raises:
-        ConfigError: the model's cache cannot be given a fixed size.
+        ConfigError: the model has no key/value cache.
+        CaptureError: `step` cannot be compiled.
     """
-    raise NotImplementedError
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+    from transformers import StaticCache
+
+    cache: Any = None
+    if step is not None:
+        cache = StaticCache(
+            config=model.config.get_text_config(decoder=True), max_cache_len=prompt.shape[1] + max_new_tokens
+        )
+    ends = _end_tokens(model) if stop else set()
+    tokens: list[int] = []
+    step_seconds: list[float] = []
+    started = time.perf_counter()
+    output = model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ConfigError(f"{type(model).__name__} returns no key/value cache; only models with one are supported here")
+    while True:
+        newest = output.logits[:, -1:].argmax(dim=-1)
+        tokens.append(int(newest))
+        if progress is not None:
+            progress(len(tokens), max_new_tokens)
+        if len(tokens) == max_new_tokens or tokens[-1] in ends:
+            return Generated(tokens, time.perf_counter() - started, step_seconds)
+        before = time.perf_counter()
+        try:
+            output = (step or model)(input_ids=newest, past_key_values=cache, use_cache=True)
+        except (BackendCompilerFailed, InductorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CaptureError(
+                f"torch.compile failed ({reason}); is there a C++ compiler? Or run without it"
+            ) from error
+        step_seconds.append(time.perf_counter() - before)
+
+
+def _end_tokens(model: "PreTrainedModel") -> set[int]:
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return set(found) if isinstance(found, list) else set() if found is None else {int(found)}

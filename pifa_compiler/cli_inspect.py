@@ -140,5 +140,13 @@ def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
         extra = {"max_coeff": measured.max_coeff}
     rank = row["rank"] if measured is None else measured.rank
     return Layer(
-        row["name"], shape, rank, before, after, error=row["error"], skipped=row["skipped"], notes=tuple(row["notes"]), **extra
+        row["name"],
+        shape,
+        rank,
+        before,
+        after,
+        error=row["error"],
+        skipped=row["skipped"],
+        notes=tuple(row["notes"]),
+        **extra,
     )

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from .report import Report
 
 if TYPE_CHECKING:
     from .cli_inspect import Inspection
-    from .demo import DemoResult, Side
+    from .demo import DemoResult
 
 _PIPED_WIDTH = 160
 
@@ -78,6 +78,40 @@ def layers(found: "Inspection", folder: Path) -> None:
     _print_rows(console, rows)
 
 
+def demo(result: "DemoResult", output: Path) -> None:
+    """One table, dense beside PIFA, and what both answer."""
+    dense, pifa = result.dense, result.pifa
+    table = Table(title=f"SmolLM2-135M, density {result.density_requested} asked, {result.density:.4f} reached")
+    table.add_column("")
+    for title in ("dense", "PIFA", "PIFA / dense"):
+        table.add_column(title, justify="right", no_wrap=True)
+
+    def add(title: str, before: float, after: float, show: Callable[[float], str]) -> None:
+        table.add_row(title, show(before), show(after), f"{after / before:.3f}")
+
+    add("stored numbers, whole model", dense.numbers, pifa.numbers, lambda value: f"{value:,.0f}")
+    add("stored numbers, linears", dense.linear_numbers, pifa.linear_numbers, lambda value: f"{value:,.0f}")
+    add("size on disk, float32 safetensors", dense.bytes, pifa.bytes, _bytes)
+    add("perplexity, held-out pydoc text", dense.perplexity, pifa.perplexity, lambda value: f"{value:.2f}")
+    add("tokens a second, one by one", dense.tokens_per_second, pifa.tokens_per_second, lambda value: f"{value:.1f}")
+    console = _console()
+    console.print(table)
+    rows = [
+        ("perplexity", f"{result.windows} windows of {result.seqlen}, {result.tokens:,} tokens predicted"),
+        ("speed", f"{result.measured}; by turns, medians; batch 1, cache of fixed size"),
+        (
+            "source",
+            f"a 4-bit GGUF of {_bytes(result.gguf_bytes)}, here as float32; PIFA's factors are not quantized yet",
+        ),
+        ("seconds", f"{result.seconds:.0f} in all, {result.compress_seconds:.0f} of them to compress"),
+        ("saved", str(output)),
+        ("prompt", result.prompt),
+        ("dense", dense.text),
+        ("PIFA", pifa.text),
+    ]
+    _print_rows(console, rows)
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -92,7 +126,7 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,13 +11,23 @@ from torch.fx import GraphModule, Node
 
 from . import reconstruct
 from .capture import Batch, capture
-from .checkpoint import describe
+from .checkpoint import describe_if_pretrained
 from .errors import CalibrationError, CaptureError, ConfigError, RankError
 from .factors import PifaFactors, Pivoting, factorize, rank_for_density, stored_numbers
-from .linear import PifaLinear
-from .passes import FactorizeLinear, run_passes
+from .linears import (
+    count_numbers,
+    embedding_storages,
+    is_plain_linear,
+    is_transposed,
+    linears_in_order,
+    module_at,
+    replace_linear,
+    weight_name,
+    weight_of,
+)
+from .passes import Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
-from .sweep import Group, Progress, Sweep, weight_name
+from .sweep import Group, Progress, Sweep
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,9 @@ class CompressConfig:
     pivoting: Pivoting = "lu"
 
     def __post_init__(self) -> None:
-        for name, low, high in (("density", 0, 1), ("mix", 0, 1), ("damping", 0, None)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not value >= low or (high is not None and value > high) or (name == "density" and not value):
-                interval = {"density": "in (0, 1]", "mix": "in [0, 1]", "damping": "0 or more"}[name]
-                raise ConfigError(f"{name} must be a number {interval}, got {value!r}")
+        _check_number("density", self.density, "in (0, 1]", lambda value: 0 < value <= 1)
+        _check_number("mix", self.mix, "in [0, 1]", lambda value: 0 <= value <= 1)
+        _check_number("damping", self.damping, "0 or more", lambda value: value >= 0)
         if self.method not in reconstruct.METHODS:
             raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(reconstruct.METHODS)}")
         if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
@@ -66,6 +73,11 @@ class CompressConfig:
         for pattern, rank in self.ranks.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"the rank for {pattern!r} must be an integer of 1 or more, got {rank!r}")
+
+
+def _check_number(name: str, value: object, interval: str, allowed: Callable[[float], bool]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+        raise ConfigError(f"{name} must be a number {interval}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -154,18 +166,12 @@ def compress(
         sweep.run(solve, progress)
         report.activation_bytes = sweep.peak_bytes
         _replace(model, {weight_name(node): factors for node, factors in sweep.factors.items()})
-    order = {name: index for index, name in enumerate(_linears_in_order(captured.graph))}
+    order = {name: index for index, name in enumerate(linears_in_order(captured.graph))}
     report.layers = sorted(layers.values(), key=lambda layer: order.get(layer.name, len(order)))
     report.params_after = count_numbers(model)
     report.seconds = time.perf_counter() - started
-    describe(model, report)
+    describe_if_pretrained(model, report)
     return report
-
-
-def count_numbers(model: nn.Module) -> int:
-    """Parameters of a model, shared ones once, and the pivot indices of its PIFA layers."""
-    pivots = sum(module.pivots.numel() for module in model.modules() if isinstance(module, PifaLinear))
-    return sum(parameter.numel() for parameter in model.parameters()) + pivots
 
 
 def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
@@ -192,11 +198,6 @@ def _check_weights(model: nn.Module) -> None:
             raise RankError(f"weight {name} {list(parameter.shape)} holds NaN or Inf; repair it before compressing")
 
 
-def _linears_in_order(graph: GraphModule) -> list[str]:
-    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
-
-
 def _find_linears(
     model: nn.Module, graph: GraphModule, config: CompressConfig
 ) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
@@ -207,9 +208,8 @@ def _find_linears(
     uses: dict[str, int] = {}
     for node in nodes:
         uses[weight_name(node)] = uses.get(weight_name(node), 0) + 1
-    embedded = {
-        module.weight.untyped_storage().data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    embedded = embedding_storages(model)
     head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     output = head() if callable(head) else None
     found: dict[Node, tuple[str, Tensor]] = {}
@@ -218,11 +218,11 @@ def _find_linears(
     for node in nodes:
         full_name = weight_name(node)
         name = full_name.removesuffix(".weight")
-        parameter = dict(graph.named_parameters(remove_duplicate=False)).get(full_name)
+        parameter = parameters.get(full_name)
         if parameter is None:
             continue
-        weight = parameter.detach().T if _is_transposed(node) else parameter.detach()
-        owner = _owner(model, name)
+        weight = parameter.detach().T if is_transposed(node) else parameter.detach()
+        owner = module_at(model, name)
         matched = [pattern for pattern in config.skip if fnmatchcase(name, pattern)]
         patterns -= set(matched)
         if weight.untyped_storage().data_ptr() in embedded:
@@ -233,7 +233,7 @@ def _find_linears(
             reason = f"skipped by pattern {matched[0]!r}"
         elif uses[full_name] > 1:
             reason = f"weight is used by {uses[full_name]} linears"
-        elif not isinstance(model, GraphModule) and not _is_replaceable(owner):
+        elif not isinstance(model, GraphModule) and not is_plain_linear(owner):
             reason = f"weight belongs to a {type(owner).__name__}, not to a plain linear layer"
         else:
             found[node] = (name, weight)
@@ -241,10 +241,10 @@ def _find_linears(
         reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
     for name, module in model.named_modules():
         seen = name in reports or any(name == known for known, _ in found.values())
-        if _is_replaceable(module) and not seen:
-            out_in = module.weight.shape if isinstance(module, nn.Linear) else tuple(module.weight.shape)[::-1]
+        if is_plain_linear(module) and not seen:
+            d_out, d_in = weight_of(module).shape
             reason = "not reached when the model is called as the calibration batches call it"
-            reports[name] = LayerReport.of_skip(name, (out_in[0], out_in[1]), reason, target=False)
+            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
     unknown = patterns | {p for p in config.ranks if not any(fnmatchcase(name, p) for name, _ in found.values())}
     if unknown:
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
@@ -270,34 +270,11 @@ def _target(name: str, weight: Tensor, config: CompressConfig) -> _Target:
     return _Target(name, weight, rank)
 
 
-def _is_transposed(node: Node) -> bool:
-    weight = node.args[1]
-    return isinstance(weight, Node) and weight.target is torch.ops.aten.t.default
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _is_replaceable(module: nn.Module | None) -> bool:
-    """Whether a module is a plain linear layer: `nn.Linear` itself, or the [in, out] `Conv1D` of GPT-2."""
-    kind = type(module)
-    return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
-
-
 def _replace(model: nn.Module, factors: Mapping[str, PifaFactors]) -> None:
     """Puts PIFA layers where the weights named by `factors` were."""
-    if isinstance(model, GraphModule) and not all(
-        _is_replaceable(_owner(model, name.removesuffix(".weight"))) for name in factors
-    ):
-        run_passes(model, [FactorizeLinear(factors)])
+    names = {weight: weight.removesuffix(".weight") for weight in factors}
+    if isinstance(model, GraphModule) and not all(is_plain_linear(module_at(model, name)) for name in names.values()):
+        run_passes(model, [Canonicalize(), FactorizeLinear(factors)])
         return
     for weight, found in factors.items():
-        name = weight.removesuffix(".weight")
-        dense = model.get_submodule(name)
-        assert isinstance(dense.weight, Tensor)  # noqa: S101 - `_is_replaceable` saw to it
-        layer = PifaLinear.from_factors(found, dense.bias, dense.weight.requires_grad)  # type: ignore[arg-type]
-        model.set_submodule(name, layer.train(dense.training))
+        replace_linear(model, names[weight], found)

@@ -54,6 +54,7 @@ class PifaFactors:
 
     @property
     def rank(self) -> int:
+        """Number of pivot rows."""
         return self.w_pivot.shape[0]
 
     @property
@@ -166,17 +167,22 @@ def factorize(
 def numerical_rank(weight: Tensor) -> int:
     """Rank of a stored weight [out, in], up to the rounding of its own dtype.
 
-    Rounding adds noise of standard deviation eps * rms / (2 sqrt 3) to every entry, whose largest singular value is at
-    most that times (sqrt out + sqrt in); singular values below eight times this (sums rounded along the way) are noise.
+    Rounding adds noise of standard deviation eps * rms / (2 sqrt 3) at most to every entry, whose largest singular value
+    is that times (sqrt out + sqrt in). Singular values below twice this are noise; below eight times this in float32 and
+    float64, where the sums that made the weight were rounded along the way too.
     """
     singular = torch.linalg.svdvals(weight.double())
-    return int((singular > _noise_level(weight)).sum())
+    return int((singular > _noise_level(weight, float(singular[0]))).sum())
 
 
-def _noise_level(weight: Tensor) -> float:
+def _noise_level(weight: Tensor, largest: float) -> float:
+    """The singular value of `weight` below which there is only noise; `largest` is its first."""
     rms = float(weight.double().square().mean().sqrt())
     spread = math.sqrt(weight.shape[0]) + math.sqrt(weight.shape[1])
-    return 8 * torch.finfo(weight.dtype).eps * rms * spread / (2 * math.sqrt(3))
+    factor = 8 if weight.dtype in (torch.float32, torch.float64) else 2
+    stored = factor * torch.finfo(weight.dtype).eps * rms * spread / (2 * math.sqrt(3))
+    computed = largest * max(weight.shape) * torch.finfo(torch.float64).eps
+    return max(stored, computed)
 
 
 def _check(u: Tensor, v: Tensor | None, rank: int | None) -> None:
@@ -198,7 +204,7 @@ def _column_space(u: Tensor, v: Tensor | None, rank: int | None) -> tuple[Tensor
     """(Q [out, r] orthonormal, M [r, in]) in float64 with weight = Q M, r the rank to keep."""
     if v is None:
         left, singular, right = torch.linalg.svd(u.double(), full_matrices=False)
-        available = int((singular > _noise_level(u)).sum())
+        available = int((singular > _noise_level(u, float(singular[0]))).sum())
         mixed = singular[:, None] * right
     else:
         left, triangle = torch.linalg.qr(u.double())

@@ -32,7 +32,7 @@ Tensors = dict[str, Any]
 
 
 @register_quantization_config(QUANT_METHOD)
-class PifaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PifaConfig(QuantizationConfigMixin):
     """What `config.json` of a PIFA model says under `quantization_config`.
 
     Args:
@@ -54,7 +54,7 @@ class PifaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method  # transformers' own are an enumeration, others are plain strings
         self.format_version = format_version
         self.method = method
         self.density_requested = density_requested
@@ -76,8 +76,10 @@ class PifaConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class PifaHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class PifaHfQuantizer(HfQuantizer):
     """Puts `PifaLinear` modules into a model on the meta device before transformers fills in the weights."""
+
+    quantization_config: PifaConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses a dense model: transformers cannot compress one while it loads it."""
@@ -128,9 +130,7 @@ class PifaHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PifaLinear):
                 if module.pivots.is_meta:
-                    raise CheckpointError(
-                        f"{name}: its row order was left on disk; load without offloading, or with more memory"
-                    )
+                    raise CheckpointError(f"{name}: its pivots were left on disk; load without offload_buffers")
                 check_pivots(module.pivots, module.rank, module.out_features, name)
                 module.__class__ = PifaLinear
                 module.restore_order()
@@ -202,7 +202,7 @@ def _place_of(saved_name: str, model: Any) -> str | None:
     return None
 
 
-def _dense_shape(module: nn.Module) -> tuple[int, int]:
+def _dense_shape(module: Any) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or of GPT-2's `Conv1D`, whose weight is stored [in, out]."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features

@@ -69,7 +69,7 @@ class PifaLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in], put together anew at each read: for code that asks for its dtype or its values."""
+        """The dense weight [out, in], put together anew at each read, for code that asks for its dtype or values."""
         return torch.cat((self.w_pivot, self.coeff @ self.w_pivot))[self.order]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +77,7 @@ class PifaLinear(nn.Module):
         return linear(x, self.w_pivot, self.coeff, self.order, self.bias)
 
     def extra_repr(self) -> str:
+        """The shape, as `nn.Linear` shows it."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"

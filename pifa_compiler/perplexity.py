@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .errors import CalibrationError, ConfigError
 
 _ROWS = 256
-"""Positions whose cross entropy is taken at once: only so many rows of logits exist in float32 besides the model's own."""
+"""Positions whose cross entropy is taken at once: only so many rows of the model's logits are copied to float32."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def perplexity(
     """
     shapes = {tuple(window.shape) for window in windows}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != 1 or shape[1] < 2:
-        raise ConfigError(f"perplexity needs windows of one shape [1, 2 or more tokens], got {sorted(shapes) or 'none'}")
+        raise ConfigError(
+            f"perplexity needs windows of one shape [1, 2 or more tokens], got {sorted(shapes) or 'none'}"
+        )
     seqlen = shape[1]
     parameter = next(iter(model.parameters()), torch.empty(0))
     was_training = model.training

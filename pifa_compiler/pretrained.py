@@ -29,10 +29,10 @@ def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code:
     """Loads a model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        name: a folder with config.json and *.safetensors, a GGUF file (ending in .gguf; its weights are dequantized), or
-            a name on the Hugging Face Hub. A folder that holds a PIFA model is loaded as one.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the dtype that the weights are stored in. None is "auto",
-            and for a GGUF file, whose stored weights are no floating-point numbers, "float32".
+        name: a folder with config.json and *.safetensors, a GGUF file (ending in .gguf; its weights are dequantized),
+            or a name on the Hugging Face Hub. A folder that holds a PIFA model is loaded as one.
+        dtype: "float32", "bfloat16" or "float16". None and "auto" take the dtype that the weights are stored in, and
+            "float32" for a GGUF file, whose weights are stored as integers.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
@@ -41,18 +41,18 @@ def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    wanted: Any = dtype if dtype in (None, "auto") else getattr(torch, str(dtype))
+    wanted: torch.dtype | None = None if dtype in (None, "auto") else getattr(torch, str(dtype))
     source = _locate(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
-        return _load_gguf(source, torch.float32 if wanted is None else wanted)
+        return _load_gguf(source, wanted or torch.float32)
     if isinstance(source, Path):
         if _quant_method(source) == "pifa":
             from .checkpoint import load_pretrained
 
             model: PreTrainedModel = load_pretrained(source)
-            return model if wanted in (None, "auto") else model.to(wanted)
+            return model if wanted is None else model.to(wanted)
         _check_weight_files(source)
-    return _load(source, {"dtype": wanted or "auto", "trust_remote_code": trust_remote_code})
+    return _load(source, wanted or "auto", trust_remote_code)
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
@@ -65,16 +65,16 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
         CheckpointError: there is none, it cannot be reached, or it is damaged.
     """
     source = _locate(name)
-    where, options = (source.parent, {"gguf_file": source.name}) if _is_gguf(source) else (source, {})
+    where, options = _arguments(source)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(where), **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise _explain(source, error, "a tokenizer (tokenizer.json or what the architecture uses)") from error
+        raise _explain(source, error, "a tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
-        raise CheckpointError(f"found no tokenizer in {source}; copy the model's tokenizer files there")
+        raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files there")
     return tokenizer
 
 
@@ -104,15 +104,20 @@ def _locate(name: str | Path) -> Path | str:
         if path.suffix == ".gguf":
             return path
         if path.suffix in _PICKLES:
-            raise CheckpointError(f"{path} is a pickle, which can run code when read; safetensors only: convert it first")
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when read; safetensors only: convert it first"
+            )
         raise CheckpointError(f"{path} is not a model; give a .gguf file, or the folder that holds config.json")
     if isinstance(name, Path) or path.suffix in (".gguf", *_PICKLES) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"there is no model at {name}; give a folder, a .gguf file or a Hugging Face Hub name")
     return name
 
 
-def _is_gguf(source: Path | str) -> bool:
-    return isinstance(source, Path) and source.suffix == ".gguf"
+def _arguments(source: Path | str) -> tuple[str, dict[str, str]]:
+    """How `from_pretrained` wants to be asked for `source`: a folder or Hub name, and the GGUF file in it if any."""
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        return str(source.parent), {"gguf_file": source.name}
+    return str(source), {}
 
 
 def _quant_method(folder: Path) -> str | None:
@@ -143,30 +148,30 @@ def _check_weight_files(folder: Path) -> None:
     raise CheckpointError(f"{folder} holds no *.safetensors file; fetch the model again")
 
 
-def _load(source: Path | str, options: dict[str, Any]) -> "PreTrainedModel":
+def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "PreTrainedModel":
     """`from_pretrained` of the class that the config names, with every failure explained and no missing weight."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers import AutoConfig
 
-    where = source.parent if _is_gguf(source) and isinstance(source, Path) else source
-    config_options = {key: options[key] for key in ("gguf_file", "trust_remote_code") if key in options}
+    where, gguf = _arguments(source)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(str(where), **config_options)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
             auto = _model_class(config)
+            remote = {"trust_remote_code": trust_remote_code} if auto.__name__.startswith("Auto") else {}
             model, info = auto.from_pretrained(
-                str(where), config=config, use_safetensors=True, output_loading_info=True, **options
+                where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **gguf, **remote
             )
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, ImportError, SafetensorError) as error:
         raise _explain(source, error, "a model in safetensors or GGUF form") from error
-    assert isinstance(model, PreTrainedModel)  # noqa: S101 -- narrows the type: from_pretrained is annotated loosely
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
             "they would be random: fetch the model again"
         )
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _model_class(config: Any) -> Any:
@@ -179,18 +184,18 @@ def _model_class(config: Any) -> Any:
     return getattr(transformers, named)
 
 
-def _load_gguf(path: Path, dtype: Any) -> "PreTrainedModel":
+def _load_gguf(path: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """A plain model with a GGUF file's weights, dequantized.
 
     What transformers returns counts as quantized and refuses to be saved, so its tensors move into a fresh model of the
     same class. That is built on the meta device: nothing is held twice.
     """
-    loaded = _load(path, {"gguf_file": path.name, "dtype": dtype})
+    loaded = _load(path, dtype)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = type(loaded)(config)
+        model: PreTrainedModel = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     for module_name, module in loaded.named_modules():  # rotary tables and the like are in no state dict
         model.get_submodule(module_name)._buffers.update(module._buffers)
@@ -199,7 +204,8 @@ def _load_gguf(path: Path, dtype: Any) -> "PreTrainedModel":
         parameter.requires_grad_(True)
     if loaded.generation_config is not None:
         model.generation_config = loaded.generation_config
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _explain(source: Path | str, error: Exception, wanted: str) -> CheckpointError:
@@ -208,7 +214,10 @@ def _explain(source: Path | str, error: Exception, wanted: str) -> CheckpointErr
     if "trust_remote_code" in text:
         return CheckpointError(f"{source} comes with its own Python code; pass trust_remote_code=True if you trust it")
     if isinstance(source, Path):
-        return CheckpointError(f"found no {wanted.removeprefix('a ')} in {source} that can be read: {_first_line(text)}")
+        return CheckpointError(
+            f"{source} holds no {wanted.removeprefix('a ')} that can be read; copy the model's files there again. "
+            f"What transformers says: {_first_line(text)}"
+        )
     offline = "connect to" in text or "offline" in text.lower() or "LocalEntryNotFound" in type(error).__name__
     if offline:
         return CheckpointError(
@@ -221,7 +230,7 @@ def _explain(source: Path | str, error: Exception, wanted: str) -> CheckpointErr
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
+    return text.strip().splitlines()[0].rstrip(":") if text.strip() else "no reason given"
 
 
 @contextlib.contextmanager

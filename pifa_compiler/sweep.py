@@ -2,10 +2,10 @@
 
 Two values are carried for every calibration batch: what the dense model computes (`dense`) and what the model computes
 whose linears up to here are compressed (`compressed`). The walk goes in segments. A segment computes the input of the
-next *group* of linears (those that read one value: q, k and v; gate and up) for all batches, summing its statistics; the
-group's weights are then solved, and the next segment runs with them. Every node runs once per flow and batch, values are
-freed after their last use, and the walk ends at the last linear to compress: a head's logits are never computed. There
-are no layer names in it.
+next *group* of linears (those that read one value: q, k and v; gate and up) for all batches and sums its statistics;
+the group's weights are then solved, and the next segment runs with them. Every node runs once per flow and batch,
+values are freed after their last use, and the walk ends at the last linear to compress: a head's logits are never
+computed. There are no layer names in it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +22,7 @@ from .capture import Captured
 from .errors import CalibrationError
 from .factors import PifaFactors
 from .kernels import linear
+from .linears import weight_name
 from .reconstruct import Statistics
 
 Progress = Callable[[int, int, str], None]
@@ -55,6 +56,7 @@ class Flows:
     compressed: Values = field(default_factory=dict)
 
     def free(self, node: Node) -> None:
+        """Forgets what `node` computed."""
         for values in (self.shared, self.dense, self.compressed):
             values.pop(node, None)
 
@@ -214,14 +216,6 @@ class _Sums:
                     "calibrate in float32, or repair the layers before it"
                 )
         return Statistics(self.gram, self.cross, dense_gram, self.sum_abs / max(self.tokens, 1), self.tokens)
-
-
-def weight_name(node: Node) -> str:
-    """State-dict name of a linear node's weight."""
-    weight = node.args[1]
-    while isinstance(weight, Node) and weight.op != "get_attr":
-        weight = weight.args[0]
-    return str(weight.target) if isinstance(weight, Node) else str(weight)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

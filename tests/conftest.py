@@ -19,3 +19,7 @@ def capture(request: pytest.FixtureRequest) -> Capture:
 def _seeded() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
+
+
+# Matrices of tests are tiny: a second thread costs more than it computes.
+torch.set_num_threads(1)

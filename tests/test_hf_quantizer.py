@@ -49,6 +49,15 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices this small cost more to share among threads than to multiply."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def dense(name, dtype=torch.float32):
     architecture, options, inputs = MODELS[name]
     torch.manual_seed(0)
@@ -148,6 +157,22 @@ def test_from_pretrained_with_dtype_and_device_map(tmp_path):
     assert torch.equal(layer.order, original.order)
     assert torch.isfinite(output(loaded, inputs)).all()
     assert {p.dtype for p in load_pretrained(tmp_path / "m", dtype="float16").parameters()} == {torch.float16}
+
+
+def test_from_pretrained_with_layers_left_on_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    model, inputs = dense("llama-tied")
+    save_pretrained(compressed(model), tmp_path / "m")
+    on_cpu = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    options = {
+        "device_map": {**dict.fromkeys(on_cpu, "cpu"), "model.layers.0": "disk"},
+        "offload_folder": tmp_path / "o",
+    }
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)
+    assert loaded.model.layers[0].mlp.up_proj.w_pivot.is_meta
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    with pytest.raises(CheckpointError, match="load without offload_buffers"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options, offload_buffers=True)
 
 
 def test_plain_save_pretrained_of_a_described_and_of_a_loaded_model(tmp_path):

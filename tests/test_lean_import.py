@@ -2,12 +2,25 @@ import json
 import subprocess
 import sys
 
-HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "triton", "datasets", "matplotlib", "typer", "rich", "gguf"}
+HEAVY = {
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "triton",
+    "datasets",
+    "matplotlib",
+    "typer",
+    "rich",
+    "gguf",
+}
 
 
 def modules_after(statement: str) -> set[str]:
     """The top-level packages that a fresh interpreter holds after `statement`."""
-    code = f"{statement}; import sys, json; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    code = (
+        f"{statement}; import sys, json; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout))
 

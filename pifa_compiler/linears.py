@@ -1,0 +1,79 @@
+"""The linear layers of a model: where they are, in modules and in captured graphs, and how one is replaced."""
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .factors import PifaFactors
+from .linear import PifaLinear
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer and nothing else: `nn.Linear` itself, or the [in, out] `Conv1D` of GPT-2.
+
+    Subclasses do more (adapters, quantized weights), or have their weight read by others (`nn.MultiheadAttention`).
+    """
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module | None) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight [out, in] of a plain linear layer, detached; a view of its own."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a plain linear layer was wanted, {type(module).__name__} came")
+    return weight.detach().T if _is_conv1d(module) else weight.detach()
+
+
+def replace_linear(model: nn.Module, name: str, factors: PifaFactors) -> None:
+    """Puts a `PifaLinear` where the plain linear layer `name` of `model` is; its bias stays the same parameter."""
+    dense = model.get_submodule(name)
+    bias, weight = dense.bias, dense.weight
+    trainable = isinstance(weight, Tensor) and weight.requires_grad
+    layer = PifaLinear.from_factors(factors, bias if isinstance(bias, Tensor) else None, trainable)
+    model.set_submodule(name, layer.train(dense.training))
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule called `name`, or None."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def embedding_storages(model: nn.Module) -> set[int]:
+    """Addresses of the storages that embeddings read: a linear whose weight lies there is tied to one."""
+    return {
+        module.weight.untyped_storage().data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+
+
+def count_numbers(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once, and the pivot indices of its PIFA layers."""
+    pivots = sum(module.pivots.numel() for module in model.modules() if isinstance(module, PifaLinear))
+    return sum(parameter.numel() for parameter in model.parameters()) + pivots
+
+
+def weight_name(node: Node) -> str:
+    """State-dict name of a linear node's weight."""
+    weight = node.args[1]
+    while isinstance(weight, Node) and weight.op != "get_attr":
+        weight = weight.args[0]
+    return str(weight.target) if isinstance(weight, Node) else str(weight)
+
+
+def is_transposed(node: Node) -> bool:
+    """Whether a canonical linear node reads its weight from storage of shape [in, out]."""
+    weight = node.args[1]
+    return isinstance(weight, Node) and weight.target is torch.ops.aten.t.default
+
+
+def linears_in_order(graph: GraphModule) -> list[str]:
+    """Names of the layers whose weights the graph's linears read, in the order of their first use."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from graphs import low_rank
+from torch import nn
+
+import pifa_compiler as pc
+from pifa_compiler.errors import CaptureError
+
+
+class Pair(nn.Module):
+    """A low-rank layer as published codes write it: U(V(x)) with a bias behind."""
+
+    def __init__(self, d_out: int, d_in: int, rank: int, bias: bool = True, middle_bias: bool = False) -> None:
+        super().__init__()
+        self.ALinear = nn.Linear(rank, d_out, bias=bias)
+        self.BLinear = nn.Linear(d_in, rank, bias=middle_bias)
+
+    def forward(self, x):
+        return self.ALinear(self.BLinear(x))
+
+
+class Attention(nn.Module):
+    """Pairs as SVD-LLM writes them: the two linears are children of the attention, with other work around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_v_proj, self.q_u_proj = nn.Linear(32, 6, bias=False), nn.Linear(6, 24)
+        self.out = nn.Linear(24, 32)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.q_u_proj(self.q_v_proj(x))))
+
+
+def assert_same(model: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)  # lossless up to float32 rounding
+
+
+def test_chains_become_one_layer():
+    model = nn.Sequential(Pair(48, 32, 7), nn.ReLU(), nn.Sequential(nn.Linear(48, 5, bias=False), nn.Linear(5, 40)))
+    x = torch.randn(6, 32)
+    wanted = model(x)
+    report = pc.compact(model)
+    assert [type(layer) for layer in model] == [pc.PifaLinear, nn.ReLU, pc.PifaLinear]
+    assert_same(model, x, wanted)
+    assert [(layer.name, layer.rank) for layer in report.factorized] == [("0", 7), ("2", 5)]
+    assert report.layers[0].stored_before == 7 * (48 + 32)
+    assert report.layers[0].stored_after < report.layers[0].stored_before
+    assert report.params_after < report.params_before
+
+
+def test_pairs_that_only_the_graph_shows():
+    model, x = Attention(), torch.randn(2, 5, 32)
+    wanted = model(x)
+    report = pc.compact(model, example=x)
+    assert [layer.name for layer in report.factorized] == ["q_v_proj"]
+    assert type(model.q_v_proj) is pc.PifaLinear
+    assert type(model.q_u_proj) is nn.Identity
+    assert_same(model, x, wanted)
+    assert {layer.name: layer.skipped for layer in report.skipped} == {"out": "weight has full rank"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_singular_weights_are_found_whoever_made_them(dtype):
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).to(dtype)
+    model[0].weight.data = low_rank(96, 64, 10, dtype)
+    x = torch.randn(9, 64, dtype=dtype)
+    wanted = model(x)
+    report = pc.compact(model)
+    assert [layer.rank for layer in report.factorized] == [10]
+    assert type(model[2]) is nn.Linear
+    # Both stored factors are rounded once: some eps of the dtype.
+    eps = torch.finfo(dtype).eps
+    assert float((model(x) - wanted).detach().norm() / wanted.detach().norm()) < 4 * eps
+
+
+def test_low_rank_hugging_face_models_are_compacted():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for block in model.transformer.h:
+        block.mlp.c_fc.weight.data = low_rank(48, 192, 9)
+    x = torch.randint(0, 96, (2, 12))
+    wanted = model(x).logits
+    report = pc.compact(model)
+    assert [layer.name for layer in report.factorized] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    torch.testing.assert_close(model(x).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_near_misses_are_left_alone_with_their_reason():
+    class Reused(Pair):
+        def forward(self, x):
+            middle = self.BLinear(x)
+            return self.ALinear(middle) + middle.sum()
+
+    model = nn.Sequential(Pair(48, 32, 7, middle_bias=True), Reused(40, 48, 6), Pair(24, 40, 24))
+    x = torch.randn(6, 32)
+    wanted = model(x)
+    report = pc.compact(model, example=x)
+    assert report.factorized == []
+    reasons = {layer.name: layer.skipped for layer in report.skipped}
+    assert "bias between" in reasons["0"]
+    assert "not low-rank" in reasons["2"]
+    assert reasons["1.ALinear"] == "weight has full rank"
+    assert torch.equal(model(x), wanted)
+
+
+def test_a_second_run_finds_nothing():
+    model = nn.Sequential(Pair(48, 32, 7), nn.ReLU())
+    pc.compact(model)
+    assert pc.compact(model).layers == []
+
+
+def test_tied_singular_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model[0].weight.data = low_rank(32, 32, 4)
+    model[2].weight = model[0].weight
+    report = pc.compact(model)
+    assert {layer.skipped for layer in report.skipped} == {"weight is tied to another module"}
+    assert model[2].weight is model[0].weight
+
+
+def test_an_example_that_cannot_be_captured_is_an_error():
+    class Branches(Attention):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError):
+        pc.compact(Branches(), example=torch.randn(2, 32))

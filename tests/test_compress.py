@@ -1,0 +1,350 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+import pifa_compiler as pc
+from pifa_compiler.errors import CalibrationError, CaptureError, ConfigError, RankError
+from pifa_compiler.factors import stored_numbers
+from pifa_compiler.reconstruct import METHODS
+
+transformers = pytest.importorskip("transformers")
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 24)).eval()
+
+
+def mlp_batches() -> list[torch.Tensor]:
+    return [torch.randn(64, 32) for _ in range(4)]
+
+
+def llama(**options) -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens(count: int = 4, length: int = 48) -> list[torch.Tensor]:
+    return [torch.randint(0, 96, (2, length)) for _ in range(count)]
+
+
+def logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch).logits
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+SMALL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ARCHITECTURES = {
+    "Llama": ("LlamaForCausalLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64, "num_key_value_heads": 2}),
+    "Qwen2": ("Qwen2ForCausalLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64, "num_key_value_heads": 2}),
+    "Mistral": ("MistralForCausalLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64, "num_key_value_heads": 2}),
+    "Gemma3": (
+        "Gemma3ForCausalLM",
+        {**SMALL, **SMALL_TOKENS, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    ),
+    "GPT2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64, **SMALL_TOKENS},
+    ),
+    "OPT": (
+        "OPTForCausalLM",
+        {**SMALL, **SMALL_TOKENS, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    ),
+    "GPTNeoX": ("GPTNeoXForCausalLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64}),
+    "Phi": ("PhiForCausalLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64}),
+    "BERT": ("BertForMaskedLM", {**SMALL, **SMALL_TOKENS, "intermediate_size": 64, "max_position_embeddings": 64}),
+    "ViT": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 16,
+            "patch_size": 4,
+            "num_labels": 5,
+        },
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """A tiny random model of an architecture, with weights large enough that its layers matter, and four calls."""
+    kind, options = ARCHITECTURES[name]
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**options)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            nn.init.normal_(module.weight, std=0.2)
+    if name == "ViT":
+        return model, [{"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(4)]
+    calls = [{"input_ids": torch.randint(3, 96, (2, 24))} for _ in range(4)]
+    if name == "BERT":
+        mask = torch.ones(2, 24, dtype=torch.int64)
+        mask[1, 20:] = 0
+        calls = [{**call, "attention_mask": mask} for call in calls]
+    return model, calls
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_compressed_and_compiled(name):
+    model, calls = build(name)
+    dense = logits_of(model, calls[0])
+    report = pc.compress(model, calls, pc.CompressConfig(density=0.8, rank_multiple=1))
+    assert len(report.factorized) >= 8
+    assert report.density <= 0.8
+    assert report.params_after < report.params_before
+    compressed = logits_of(model, calls[0])
+    assert 0 < error(compressed, dense) < 0.9
+    compiled = torch.compile(model, backend="pifa")
+    # Ten layers of float32 GEMMs in another order.
+    torch.testing.assert_close(logits_of(compiled, calls[0]), compressed, rtol=1e-3, atol=1e-4)
+
+
+def logits_of(model: nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**call).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_compresses_a_plain_module_with_biases(method):
+    model, batches = mlp(), mlp_batches()
+    wanted = model(batches[0]).detach()
+    report = pc.compress(model, batches, pc.CompressConfig(density=0.6, method=method, rank_multiple=1))
+    assert [type(layer) for layer in model][::2] == [pc.PifaLinear] * 3
+    assert [layer.name for layer in report.layers] == ["0", "2", "4"]
+    assert error(model(batches[0]).detach(), wanted) < 0.6
+    assert model[0].bias is not None
+
+
+def test_m_beats_truncated_svd_on_held_out_batches():
+    torch.manual_seed(1)
+    dense, batches = llama(), tokens(8)
+    errors = {}
+    for method in ("svd", "svd-llm", "optimal"):
+        model = copy.deepcopy(dense)
+        pc.compress(model, batches[:6], pc.CompressConfig(density=0.7, method=method, rank_multiple=1))
+        errors[method] = error(logits(model, batches[7]), logits(dense, batches[7]))
+    assert errors["optimal"] < errors["svd-llm"] < errors["svd"]
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_the_density_is_never_exceeded(density, multiple):
+    model = llama()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    report = pc.compress(model, tokens(2), pc.CompressConfig(density=density, method="svd", rank_multiple=multiple))
+    assert report.density <= density
+    stored = 0
+    for layer in report.factorized:
+        module = model.get_submodule(layer.name)
+        numbers = module.w_pivot.numel() + module.coeff.numel() + module.pivots.numel()
+        assert numbers == layer.stored_after == stored_numbers(*layer.shape, layer.rank)
+        assert numbers <= density * layer.stored_before
+        stored += numbers - layer.stored_before
+    assert report.params_before == before
+    assert report.params_after == before + stored
+
+
+def test_the_head_and_tied_weights_stay_dense_and_are_reported():
+    tied, untied = llama(tie_word_embeddings=True), llama(tie_word_embeddings=False)
+    for model, reason in ((tied, "tied to an embedding"), (untied, "output head")):
+        report = pc.compress(model, tokens(2), pc.CompressConfig(rank_multiple=1))
+        assert [(layer.name, layer.target) for layer in report.skipped] == [("lm_head", False)]
+        assert reason in report.skipped[0].skipped
+        assert type(model.lm_head) is nn.Linear
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_generate_works_and_the_state_dict_is_sane():
+    model = llama()
+    pc.compress(model, tokens(2), pc.CompressConfig(density=0.6, rank_multiple=1))
+    out = model.generate(tokens(1, 5)[0], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 11)
+    names = [name for name in model.state_dict() if "q_proj" in name]
+    assert names[:3] == [f"model.layers.0.self_attn.q_proj.{part}" for part in ("w_pivot", "coeff", "pivots")]
+    assert not model.training
+
+
+def test_density_1_changes_nothing():
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    report = pc.compress(model, mlp_batches(), pc.CompressConfig(density=1))
+    assert report.factorized == []
+    assert report.density == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ranks_and_skips_go_by_pattern():
+    model = llama()
+    config = pc.CompressConfig(ranks={"*.q_proj": 7, "*.mlp.*": 9}, skip=("*.layers.1.*",), rank_multiple=1)
+    report = pc.compress(model, tokens(2), config)
+    ranks = {layer.name: layer.rank for layer in report.factorized}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 7
+    assert ranks["model.layers.0.mlp.down_proj"] == 9
+    assert not any(".layers.1." in name for name in ranks)
+    assert {layer.skipped for layer in report.skipped if ".layers.1." in layer.name} == {
+        "skipped by pattern '*.layers.1.*'"
+    }
+
+
+def test_bfloat16_models_stay_bfloat16_and_lose_little_more():
+    dense, batch, batches = llama(), tokens(1)[0], tokens(3)
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(dense).to(dtype)
+        pc.compress(model, batches, pc.CompressConfig(density=0.9, rank_multiple=1))
+        assert model.model.layers[0].mlp.up_proj.w_pivot.dtype == dtype
+        errors[dtype] = error(logits(model, batch).float(), logits(dense, batch))
+    assert errors[torch.bfloat16] < 1.1 * errors[torch.float32]
+
+
+def test_pifa_equals_the_same_model_as_pairs_of_factors():
+    """What M made is kept: the factors' product at every layer, up to float32 rounding."""
+    dense = llama()
+    pifa, pair = copy.deepcopy(dense), copy.deepcopy(dense)
+    batch = tokens(1)[0]
+    report = pc.compress(pifa, tokens(3), pc.CompressConfig(density=0.6, rank_multiple=1))
+    for layer in report.factorized:
+        weight = pifa.get_submodule(layer.name).weight.detach().double()
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        u, v = nn.Linear(layer.rank, layer.shape[0], bias=False), nn.Linear(layer.shape[1], layer.rank, bias=False)
+        u.weight.data = (left[:, : layer.rank] * singular[: layer.rank]).float()
+        v.weight.data = right[: layer.rank].float()
+        pair.set_submodule(layer.name, nn.Sequential(v, u))
+    torch.testing.assert_close(logits(pifa, batch), logits(pair, batch), rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_used_twice_is_left_alone():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.out(self.fc(self.fc(x).relu()))
+
+    report = pc.compress(Shared(), mlp_batches(), pc.CompressConfig(rank_multiple=1))
+    assert {layer.name: layer.skipped for layer in report.skipped} == {"fc": "weight is used by 2 linears"}
+
+
+def test_a_layer_that_the_call_does_not_reach_is_reported():
+    model = mlp()
+    model.register_module("5", nn.Identity())
+    model[5].unused = nn.Linear(4, 4)
+    report = pc.compress(model, mlp_batches(), pc.CompressConfig(rank_multiple=1))
+    assert ["not reached" in layer.skipped for layer in report.skipped] == [True]
+
+
+def test_traced_graphs_are_compressed_too():
+    model, batches = mlp(), mlp_batches()
+    exported = torch.export.export(model, (batches[0],), strict=False).module(check_guards=False)
+    for graph in (symbolic_trace(model), exported):
+        wanted = graph(batches[0]).detach()
+        pc.compress(graph, batches, pc.CompressConfig(density=0.8, rank_multiple=1))
+        got = graph(batches[0]).detach()
+        assert 0 < error(got, wanted) < 0.5
+    assert exported.graph.find_nodes(op="call_function", target=torch.ops.pifa.linear.default)
+
+
+def test_batches_of_unequal_length():
+    model = mlp()
+    report = pc.compress(model, [torch.randn(n, 32) for n in (64, 50)], pc.CompressConfig(rank_multiple=1))
+    assert len(report.factorized) == 3
+
+
+def test_fewer_tokens_than_channels_are_handled_and_recorded():
+    model = mlp()
+    report = pc.compress(model, [torch.randn(10, 32)], pc.CompressConfig(density=0.6, rank_multiple=1))
+    assert all("10 tokens for" in note for layer in report.factorized for note in layer.notes)
+    assert torch.isfinite(model(torch.randn(3, 32))).all()
+
+
+def test_progress_is_told():
+    seen = []
+    pc.compress(mlp(), mlp_batches(), progress=lambda done, total, what: seen.append((done, total, what)))
+    assert seen == [(1, 3, "0.weight"), (2, 3, "2.weight"), (3, 3, "4.weight")]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"density": 0}, r"density must be a number in \(0, 1\]"),
+        ({"density": 1.5}, "density"),
+        ({"density": "abc"}, "density"),
+        ({"density": math.nan}, "density"),
+        ({"mix": 2}, "mix"),
+        ({"damping": -1}, "damping"),
+        ({"method": "magic"}, "unknown method 'magic'; known are optimal"),
+        ({"rank_multiple": 0}, "rank_multiple"),
+        ({"pivoting": "svd"}, "pivoting"),
+        ({"ranks": {"*": 0}}, "rank for"),
+        ({"skip": "head"}, "tuple"),
+    ],
+)
+def test_the_configuration_refuses(options, words):
+    with pytest.raises(ConfigError, match=words):
+        pc.CompressConfig(**options)
+
+
+def nan_weight() -> nn.Module:
+    model = mlp()
+    model[2].weight.data[3, 3] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "config", "kind", "words"),
+    [
+        (mlp, [], {}, CalibrationError, "at least one"),
+        (nan_weight, mlp_batches(), {}, RankError, r"2\.weight \[48, 64\] holds NaN"),
+        (mlp, [torch.full((4, 32), math.nan)], {}, CalibrationError, r"0\.weight is not finite"),
+        (lambda: nn.Sequential(nn.ReLU()), mlp_batches(), {}, CaptureError, "no dense linear"),
+        (mlp, mlp_batches(), {"skip": ("nothing.*",)}, ConfigError, "no linear matches"),
+        (mlp, mlp_batches(), {"ranks": {"nothing.*": 3}}, ConfigError, "no linear matches"),
+        (mlp, mlp_batches(), {"skip": ("*",)}, CaptureError, "every linear"),
+        (mlp, mlp_batches(), {"ranks": {"0": 33}}, RankError, "0: rank 33"),
+        (mlp, mlp_batches(), {"density": 0.01}, RankError, "no room for rank 1"),
+        (llama, [torch.full((1, 8), 96)], {}, CalibrationError, r"vocabulary in 0\.\.95"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_the_model_as_it_was(make, batches, config, kind, words):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(kind, match=words):
+        pc.compress(model, batches, pc.CompressConfig(**config))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was():
+    model = mlp()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pc.compress(model, mlp_batches(), progress=stop)
+    assert [type(layer) for layer in model][::2] == [nn.Linear] * 3

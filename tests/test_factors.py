@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pifa_compiler.errors import RankError
+from pifa_compiler.factors import (
+    MAXVOL_BOUND,
+    factorize,
+    numerical_rank,
+    rank_for_density,
+    row_order,
+    stored_numbers,
+)
+
+from graphs import low_rank
+
+SIZES = [(24, 16, 5), (16, 24, 16), (63, 60, 17), (8, 100, 1), (40, 40, 39)]
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("pivoting", ["lu", "qr"])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), SIZES)
+def test_factorize_is_lossless_in_float64(d_out, d_in, rank, pivoting):
+    weight = low_rank(d_out, d_in, rank, torch.float64)
+    factors = factorize(weight, pivoting=pivoting)
+    assert factors.rank == rank
+    assert factors.shape == (d_out, d_in)
+    # 1e-12: some thousand operations of eps 2e-16 on a basis whose pivot rows have a condition number below 1e3.
+    assert relative(factors.dense(), weight) < 1e-12
+    assert torch.equal(factors.pivots, factors.pivots.sort().values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
+)
+def test_factorize_of_a_pair_errs_by_rounding_only(dtype, tolerance):
+    """Twice eps (fp32: more, for the sum over the rank): both stored matrices are rounded once, to eps / 2 each."""
+    u, v = torch.randn(63, 20), torch.randn(20, 60)
+    factors = factorize((u, v), dtype=dtype)
+    assert factors.w_pivot.dtype == factors.coeff.dtype == dtype
+    got = torch.cat((factors.w_pivot.double(), factors.coeff.double() @ factors.w_pivot.double()))[factors.order()]
+    assert relative(got, u.double() @ v.double()) < tolerance
+
+
+def test_factorize_reports_what_the_factors_are():
+    u, v = torch.randn(200, 40, dtype=torch.float64), torch.randn(40, 80, dtype=torch.float64)
+    factors = factorize((u, v), dtype=torch.bfloat16)
+    got = torch.cat((factors.w_pivot.double(), factors.coeff.double() @ factors.w_pivot.double()))[factors.order()]
+    true_error = relative(got, u @ v)
+    assert 0.7 * true_error < factors.quality.error < 1.4 * true_error  # 16 probes know a norm to 1 / sqrt(2 * 16)
+    assert factors.quality.max_coeff == float(factors.coeff.abs().max())
+    assert factors.quality.max_coeff <= MAXVOL_BOUND + 0.02  # bfloat16 rounds by 0.4%, the refit moves a little
+    assert factors.quality.condition >= 1
+
+
+def test_first_rows_as_pivots_would_be_worse_than_the_chosen():
+    """The reason for choosing: rows that nearly depend on each other make large coefficients."""
+    u = torch.randn(64, 16, dtype=torch.float64)
+    u[1] = u[0] + 1e-4 * torch.randn(16)
+    first = torch.linalg.solve(u[:16], u[16:], left=False).abs().max()
+    chosen = factorize((u, torch.randn(16, 32, dtype=torch.float64))).coeff.abs().max()
+    assert chosen < MAXVOL_BOUND + 1e-9
+    assert first > 10 * chosen
+
+
+def test_coefficients_make_up_for_rounded_pivot_rows_on_the_inputs_that_occur():
+    torch.manual_seed(3)
+    x = torch.randn(500, 64, dtype=torch.float64) * torch.logspace(0, -3, 64, dtype=torch.float64)
+    u, v = torch.randn(96, 32, dtype=torch.float64), torch.randn(32, 64, dtype=torch.float64)
+    exact = x @ (u @ v).T
+
+    def error(gram: torch.Tensor | None) -> float:
+        factors = factorize((u, v), dtype=torch.bfloat16, gram=gram)
+        y_pivot = x @ factors.w_pivot.double().T
+        y = torch.cat((y_pivot, y_pivot @ factors.coeff.double().T), dim=-1)[:, factors.order()]
+        return relative(y, exact)
+
+    assert error(x.T @ x) < error(None)
+
+
+def test_a_rank_below_the_weights_own_gives_the_nearest_weight():
+    weight = torch.randn(30, 20, dtype=torch.float64)
+    left, singular, right = torch.linalg.svd(weight)
+    nearest = left[:, :7] * singular[:7] @ right[:7]
+    assert relative(factorize(weight, rank=7).dense(), nearest) < 1e-12
+
+
+def test_a_pair_of_deficient_rank_loses_the_superfluous_rows():
+    u, v = torch.randn(30, 8, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64)
+    v[7] = v[0] - v[1]
+    factors = factorize((u, v))
+    assert factors.rank == 7
+    assert relative(factors.dense(), u @ v) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "words"),
+    [
+        (torch.tensor([[1.0, math.nan]]), None, "NaN or Inf"),
+        (torch.zeros(3, 4), None, "zero"),
+        (torch.ones(3, 4), 0, "rank must lie in 1..3"),
+        (torch.ones(3, 4), 4, "rank must lie in 1..3"),
+        (torch.ones(3), None, "floating-point matrix"),
+        (torch.ones(3, 4, dtype=torch.int64), None, "floating-point matrix"),
+        ((torch.ones(3, 2), torch.ones(3, 4)), None, "do not chain"),
+    ],
+)
+def test_factorize_refuses(weight, rank, words):
+    with pytest.raises(RankError, match=words):
+        factorize(weight, rank=rank)
+
+
+def test_factorize_refuses_an_unknown_pivoting():
+    with pytest.raises(RankError, match='"lu" or "qr"'):
+        factorize(torch.ones(3, 4), pivoting="svd")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 30, 80, 100])
+def test_numerical_rank_sees_through_the_rounding_of_the_dtype(rank, dtype):
+    weight = torch.randn(120, 100) if rank == 100 else low_rank(120, 100, rank, dtype)
+    assert numerical_rank(weight.to(dtype)) == rank
+
+
+def test_row_order_is_the_gather_index():
+    pivots = torch.tensor([1, 4, 5])
+    stored = torch.tensor([1, 4, 5, 0, 2, 3])  # which output row each stored row is
+    assert torch.equal(stored[row_order(pivots, 6)], torch.arange(6))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.floats(1e-3, 1), st.sampled_from([1, 16, 32]))
+def test_rank_for_density_is_the_largest_within_the_budget(d_out, d_in, density, multiple):
+    try:
+        rank = rank_for_density(d_out, d_in, density, multiple=multiple)
+    except RankError:
+        assert stored_numbers(d_out, d_in, 1) > int(density * d_out * d_in)
+        return
+    budget = int(density * d_out * d_in)
+    assert 1 <= rank <= min(d_out, d_in)
+    assert stored_numbers(d_out, d_in, rank) <= budget
+    assert rank % multiple == 0 or rank < multiple
+    if rank + multiple <= min(d_out, d_in) and rank >= multiple:
+        assert stored_numbers(d_out, d_in, rank + multiple) > budget
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, math.nan])
+def test_rank_for_density_refuses_a_density_outside_0_1(density):
+    with pytest.raises(RankError, match=r"\(0, 1\]"):
+        rank_for_density(10, 10, density)
+
+
+def test_rank_for_density_refuses_a_budget_without_room():
+    with pytest.raises(RankError, match="no room for rank 1"):
+        rank_for_density(10, 10, 0.1)
