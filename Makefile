@@ -24,7 +24,7 @@ types: .venv/.installed
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
 
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/quality.py --samples 8 --windows 8
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -21,6 +21,7 @@ import pifa_compiler as pc
 from pifa_compiler.calibration import calibration_batches, evaluation_batches
 from pifa_compiler.perplexity import perplexity
 from pifa_compiler.pretrained import load_model, load_tokenizer
+from pifa_compiler.smollm2 import fetch_smollm2
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 
@@ -28,9 +29,9 @@ RESULTS = Path(__file__).parent / "results" / "quality.csv"
 def main() -> None:
     """Parses the options and runs every method at every density."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("test")
+    parser.add_argument("model", nargs="?", help="folder, Hub id or GGUF file; SmolLM2-135M from PyPI by default")
+    parser.add_argument("calibration", nargs="?", default="pydoc")
+    parser.add_argument("test", nargs="?", default="pydoc")
     parser.add_argument("--densities", default="0.8,0.5")
     parser.add_argument("--methods", default="optimal,mpifa,svd-llm,asvd,svd")
     parser.add_argument("--rank-multiple", type=int, default=1)
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--skip-dense", action="store_true")
     options = parser.parse_args()
+    options.model = options.model or str(fetch_smollm2())
 
     tokenizer = load_tokenizer(options.model)
     if not options.skip_dense:

@@ -6,8 +6,8 @@
 the stored row that holds output row j. The scatter index is `argsort(order)`.
 
 The operator is registered CompositeImplicitAutograd: its body is the plain subgraph, so gradients and fake tensors need
-no registration of their own, `torch.export` and Dynamo keep one node that passes and exporters match, and a backend that
-does not know the operator sees the subgraph.
+no registration of their own, `torch.export` and Dynamo keep one node that passes and exporters match, and a backend
+that does not know the operator sees the subgraph.
 """
 
 import torch

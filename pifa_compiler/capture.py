@@ -100,7 +100,8 @@ def _export(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], dyna
         try:
             program = torch.export.export(model, *call, dynamic_shapes=dynamic_shapes, strict=False)
             # An empty table decomposes nothing; it makes the graph functional, so that no value changes once made.
-            return program.run_decompositions({}).module(check_guards=False)
+            graph: GraphModule = program.run_decompositions({}).module(check_guards=False)
+            return graph
         except Exception as error:
             raise CaptureError(
                 f"torch.export could not capture {type(model).__name__} as one graph: {error}\n"

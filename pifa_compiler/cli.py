@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 int
 """
 
 import contextlib
+import functools
+import importlib
 import json
 import math
 import os
@@ -30,7 +32,7 @@ class _Verbs(TyperGroup):
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted; nothing was written", err=True)
+            typer.echo("interrupted", err=True)
             raise typer.Exit(130) from interrupt
 
 
@@ -235,10 +237,8 @@ def demo_verb(
 ) -> None:
     """Compress SmolLM2-135M and compare it with what it was: some minutes, on any CPU."""
     with _work(as_json):
-        from .checkpoint import check_destination
         from .demo import run
 
-        check_destination(output, overwrite=force)
         with _progress("demo", as_json) as progress:
             result = run(output, overwrite=force, progress=progress)
     if as_json:
@@ -268,11 +268,25 @@ def _check_dtype(dtype: str | None) -> None:
 @contextlib.contextmanager
 def _work(as_json: bool) -> Iterator[None]:
     """Sends whatever libraries print to stderr, and keeps their progress bars away where they would be noise."""
-    if as_json or not sys.stderr.isatty():
-        for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-            os.environ.setdefault(switch, "1")
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.ExitStack() as stack:
+        if as_json or not sys.stderr.isatty():
+            for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+                os.environ.setdefault(switch, "1")
+            stack.enter_context(_without_bars())
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Switches tqdm's bars off. Its environment variable comes too late: torch has imported it already."""
+    tqdm = importlib.import_module("tqdm").tqdm  # it has no type information
+    usual = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(usual, disable=True)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = usual  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -94,6 +94,7 @@ def generate(
         cache = StaticCache(
             config=model.config.get_text_config(decoder=True), max_cache_len=prompt.shape[1] + max_new_tokens
         )
+    take_step: Callable[..., Any] = model if step is None else step  # a compiled module has no truth value
     ends = _end_tokens(model) if stop else set()
     tokens: list[int] = []
     step_seconds: list[float] = []
@@ -111,7 +112,7 @@ def generate(
             return Generated(tokens, time.perf_counter() - started, step_seconds)
         before = time.perf_counter()
         try:
-            output = (step or model)(input_ids=newest, past_key_values=cache, use_cache=True)
+            output = take_step(input_ids=newest, past_key_values=cache, use_cache=True)
         except (BackendCompilerFailed, InductorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CaptureError(

@@ -68,7 +68,8 @@ class CompressConfig:
             raise ConfigError(f"rank_multiple must be an integer of 1 or more, got {self.rank_multiple!r}")
         if self.pivoting not in ("lu", "qr"):
             raise ConfigError(f'pivoting must be "lu" or "qr", got {self.pivoting!r}')
-        if isinstance(self.skip, str):
+        skip: object = self.skip
+        if isinstance(skip, str):
             raise ConfigError(f"skip must be a tuple of patterns, got the string {self.skip!r}; write ({self.skip!r},)")
         for pattern, rank in self.ranks.items():
             if not isinstance(rank, int) or rank < 1:

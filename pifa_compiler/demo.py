@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .calibration import calibration_batches, evaluation_batches
-from .checkpoint import save_pretrained
+from .checkpoint import check_destination, save_pretrained
 from .cli_generate import compile_step, generate
 from .compress import CompressConfig, compress
 from .errors import CaptureError
@@ -130,6 +130,7 @@ def run(
 
     started = time.perf_counter()
     plan, tell = plan or Plan(), progress or _silent
+    check_destination(output, overwrite=overwrite)
     tell(0, 1, "fetching the model")
     path = source or fetch_smollm2()
     tell(0, 1, "loading the model")

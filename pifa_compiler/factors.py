@@ -167,9 +167,9 @@ def factorize(
 def numerical_rank(weight: Tensor) -> int:
     """Rank of a stored weight [out, in], up to the rounding of its own dtype.
 
-    Rounding adds noise of standard deviation eps * rms / (2 sqrt 3) at most to every entry, whose largest singular value
-    is that times (sqrt out + sqrt in). Singular values below twice this are noise; below eight times this in float32 and
-    float64, where the sums that made the weight were rounded along the way too.
+    Rounding adds noise of standard deviation eps * rms / (2 sqrt 3) at most to every entry, whose largest singular
+    value is that times (sqrt out + sqrt in). Singular values below twice this are noise; in float32 and float64 those
+    below eight times this, since there the sums that made the weight were rounded along the way too.
     """
     singular = torch.linalg.svdvals(weight.double())
     return int((singular > _noise_level(weight, float(singular[0]))).sum())

@@ -49,8 +49,8 @@ def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code:
         if _quant_method(source) == "pifa":
             from .checkpoint import load_pretrained
 
-            model: PreTrainedModel = load_pretrained(source)
-            return model if wanted is None else model.to(wanted)
+            compressed: PreTrainedModel = load_pretrained(source, dtype=wanted)
+            return compressed
         _check_weight_files(source)
     return _load(source, wanted or "auto", trust_remote_code)
 
@@ -98,7 +98,7 @@ def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> 
 def _locate(name: str | Path) -> Path | str:
     """The folder or GGUF file that `name` is, or the Hub name as it came."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and name != "":
         return path
     if path.is_file():
         if path.suffix == ".gguf":
@@ -109,7 +109,9 @@ def _locate(name: str | Path) -> Path | str:
             )
         raise CheckpointError(f"{path} is not a model; give a .gguf file, or the folder that holds config.json")
     if isinstance(name, Path) or path.suffix in (".gguf", *_PICKLES) or not _HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"there is no model at {name}; give a folder, a .gguf file or a Hugging Face Hub name")
+        raise CheckpointError(
+            f"there is no model at {str(name)!r}; give a folder, a .gguf file or a Hugging Face Hub name"
+        )
     return name
 
 

@@ -131,7 +131,8 @@ class Sweep:
                 sums.add(rows, rows if compressed is dense else _rows(compressed, mask))
                 self._free(segment.group, flows)
             self._note_bytes()
-            for step in (*segment.nodes, segment.group):
+            steps: list[Node | Group] = [*segment.nodes, segment.group]
+            for step in steps:
                 for node in self._freed_after.get(step, ()):
                     self._constant.pop(node, None)
             self.factors.update(solve(segment.group, sums.finish(label)))

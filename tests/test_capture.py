@@ -1,11 +1,10 @@
 import pytest
 import torch
+from graphs import op_counts
 from torch import nn
 
 from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError, CaptureError
-
-from graphs import op_counts
 
 
 def test_capture_is_functional_and_shares_the_weights():

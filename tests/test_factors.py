@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from graphs import low_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,6 @@ from pifa_compiler.factors import (
     row_order,
     stored_numbers,
 )
-
-from graphs import low_rank
 
 SIZES = [(24, 16, 5), (16, 24, 16), (63, 60, 17), (8, 100, 1), (40, 40, 39)]
 

@@ -1,11 +1,10 @@
 import copy
 
 import torch
+from graphs import low_rank
 from torch import nn
 
 from pifa_compiler import PifaLinear, factorize
-
-from graphs import low_rank
 
 
 def layer(d_out: int = 24, d_in: int = 16, rank: int = 5, bias: bool = True) -> tuple[PifaLinear, nn.Linear]:

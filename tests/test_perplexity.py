@@ -14,7 +14,7 @@ def textbook_perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     """Token by token in float64, from the definition: exp(-mean log p(token | the tokens before it))."""
     logs = []
     for window in windows:
-        scores = model.double()(window).logits[0]
+        scores = model.double()(window).logits[0].detach()
         for i in range(1, window.shape[1]):
             row = scores[i - 1] - scores[i - 1].max()
             logs.append(float(row[window[0, i]]) - math.log(sum(math.exp(v) for v in row.tolist())))

