@@ -8,10 +8,10 @@ demo: .venv/.installed
 	$(BIN)/pifa demo
 
 test: .venv/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest
 
 test-all: .venv/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m ""
+	TRITON_INTERPRET=1 $(BIN)/pytest -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -284,7 +284,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False, 
             raise CheckpointError(f"{path} is a file; wanted the name of a folder to write")
         if final.is_dir() and any(final.iterdir()):
             if not overwrite:
-                raise CheckpointError(f"{path} exists already; choose another name, or say overwrite")
+                raise CheckpointError(f"{path} exists already; choose another name, or say overwrite (--force)")
             if not any(child.name == _CONFIG or child.suffix in _MODEL_FILES for child in final.iterdir()):
                 raise CheckpointError(f"{path} holds no saved model, so it is not replaced; choose another name")
         above = next(folder for folder in final.parents if folder.exists())

@@ -91,7 +91,7 @@ def test_wikitext2_offline_names_the_way_out(monkeypatch: pytest.MonkeyPatch) ->
     datasets = type(sys)("datasets")
     datasets.load_dataset = offline  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    with pytest.raises(DataError, match="seems offline.*pydoc"):
+    with pytest.raises(DataError, match=r"seems offline.*pydoc"):
         read_text("wikitext2", "calibration")
 
 

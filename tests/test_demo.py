@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from pytest import approx
 from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -26,7 +25,7 @@ def test_the_demo_measures_both_models_and_saves_the_compressed_one(model: Path,
     stages = []
     result = demo.run(tmp_path / "out", plan=PLAN, source=model, progress=lambda *stage: stages.append(stage[2]))
     assert result.density <= result.density_requested == 0.6
-    assert result.pifa.linear_numbers / result.dense.linear_numbers == approx(result.density)
+    assert result.pifa.linear_numbers / result.dense.linear_numbers == pytest.approx(result.density)
     assert result.dense.numbers - result.pifa.numbers == result.dense.linear_numbers - result.pifa.linear_numbers
     assert result.dense.bytes == 4 * result.dense.numbers
     assert result.pifa.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size

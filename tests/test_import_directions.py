@@ -15,7 +15,7 @@ LAYERS: tuple[set[str], ...] = (
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
     | {"pretrained", "calibration", "perplexity", "smollm2"},
     {"passes", "export"},
-    {"factors", "linear", "report", "errors"},
+    {"factors", "linear", "linears", "report", "errors"},
     {"kernels"},
 )
 STRANGERS = {"passes", "export"}  # of one layer, and yet they never see each other

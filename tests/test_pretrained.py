@@ -235,7 +235,8 @@ def test_a_vocabulary_must_fit_into_the_embedding() -> None:
 def test_loading_prints_nothing_to_stdout(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     code = "import sys; from pifa_compiler.pretrained import *; load_model(sys.argv[1]); load_tokenizer(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     assert (done.stdout, done.stderr) == ("", "")
 
 

@@ -1,0 +1,77 @@
+"""The main job on real weights: SmolLM2-135M compressed, saved, loaded, compiled, writing text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_model import smollm2_file
+from torch import nn
+
+import pifa_compiler as pc
+from pifa_compiler.calibration import calibration_batches, evaluation_batches
+from pifa_compiler.cli_generate import compile_step, generate, prompt_tokens
+from pifa_compiler.linears import count_numbers
+from pifa_compiler.perplexity import perplexity
+from pifa_compiler.pretrained import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def compressed() -> tuple[Any, Any, pc.Report]:
+    """The model at density 0.7 in place, its tokenizer and the report; two short windows calibrate it."""
+    torch.set_num_threads(2)
+    model, tokenizer = load_model(smollm2_file()), load_tokenizer(smollm2_file())
+    batches = calibration_batches("pydoc", model, tokenizer, samples=2, seqlen=512)
+    report = pc.compress(model, batches, pc.CompressConfig(density=0.7, rank_multiple=16))
+    yield model, tokenizer, report
+    torch.set_num_threads(1)
+
+
+def test_the_report_is_true_of_the_model(compressed):
+    model, _, report = compressed
+    assert len(report.factorized) == 210
+    assert [layer.name for layer in report.skipped] == ["lm_head"]
+    assert report.density <= 0.7
+    assert all(layer.stored_after <= 0.7 * layer.stored_before for layer in report.factorized)
+    assert report.params_before == 134_515_008
+    assert report.params_after == count_numbers(model)
+    assert max(layer.quality.max_coeff for layer in report.factorized) < 1.1
+
+
+def test_perplexity_is_that_of_the_same_model_as_pairs(compressed):
+    """To 5 digits in float32. The pairs are U = Q, V = R w_pivot, with Q R the QR of the rows' coefficients."""
+    model, tokenizer, report = compressed
+    windows = evaluation_batches("pydoc", model, tokenizer, seqlen=512, limit=1)
+    wanted = perplexity(model, windows).perplexity
+    pifa = {layer.name: model.get_submodule(layer.name) for layer in report.factorized}
+    try:
+        for name, layer in pifa.items():
+            rows = torch.cat((torch.eye(layer.rank), layer.coeff.detach()))[layer.order].double()
+            q, r = torch.linalg.qr(rows)
+            u, v = (
+                nn.Linear(layer.rank, layer.out_features, bias=False),
+                nn.Linear(layer.in_features, layer.rank, bias=False),
+            )
+            u.weight.data, v.weight.data = q.float(), (r @ layer.w_pivot.detach().double()).float()
+            model.set_submodule(name, nn.Sequential(v, u))
+        assert perplexity(model, windows).perplexity == pytest.approx(wanted, rel=1e-5)
+    finally:
+        for name, layer in pifa.items():
+            model.set_submodule(name, layer)
+    assert wanted < 200  # a thousand tokens calibrate little; a model that has lost its text scores thousands
+
+
+def test_save_load_and_generate_compiled(compressed, tmp_path: Path):
+    model, tokenizer, report = compressed
+    pc.save_pretrained(model, tmp_path / "smol", tokenizer=tokenizer, report=report)
+    size = sum(file.stat().st_size for file in (tmp_path / "smol").rglob("*.safetensors"))
+    assert size == pytest.approx(4 * report.params_after, rel=0.001)  # float32, int32 and a header
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smol")
+    prompt = prompt_tokens(loaded, tokenizer, "The capital of France is", 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(prompt).logits, model(prompt).logits)
+    eager = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
+    step = compile_step(loaded, "pifa")
+    assert generate(loaded, prompt, 12, step=step).tokens == eager
