@@ -282,11 +282,11 @@ def _without_bars() -> Iterator[None]:
     """Switches tqdm's bars off. Its environment variable comes too late: torch has imported it already."""
     tqdm = importlib.import_module("tqdm").tqdm  # it has no type information
     usual = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(usual, disable=True)  # type: ignore[method-assign,assignment]
+    tqdm.__init__ = functools.partialmethod(usual, disable=True)
     try:
         yield
     finally:
-        tqdm.__init__ = usual  # type: ignore[method-assign]
+        tqdm.__init__ = usual
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def generate(
         tokens.append(int(newest))
         if progress is not None:
             progress(len(tokens), max_new_tokens)
-        if len(tokens) > max_new_tokens or tokens[-1] in ends:
+        if len(tokens) == max_new_tokens or tokens[-1] in ends:
             return Generated(tokens, time.perf_counter() - started, step_seconds)
         before = time.perf_counter()
         try:

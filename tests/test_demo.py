@@ -8,7 +8,10 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
 from pifa_compiler import cli, demo
+from pifa_compiler.calibration import evaluation_batches
 from pifa_compiler.errors import CheckpointError
+from pifa_compiler.perplexity import perplexity
+from pifa_compiler.pretrained import load_model, load_tokenizer
 
 PLAN = demo.Plan(density=0.6, rank_multiple=1, samples=4, windows=2, seqlen=32, new_tokens=4, repeats=2, compiled=False)
 
@@ -29,7 +32,11 @@ def test_the_demo_measures_both_models_and_saves_the_compressed_one(model: Path,
     assert result.dense.numbers - result.pifa.numbers == result.dense.linear_numbers - result.pifa.linear_numbers
     assert result.dense.bytes == 4 * result.dense.numbers
     assert result.pifa.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert min(result.dense.perplexity, result.pifa.perplexity) > 1
+    for side, folder in ((result.dense, model), (result.pifa, tmp_path / "out")):
+        loaded = load_model(folder)
+        held_out = evaluation_batches("pydoc", loaded, load_tokenizer(folder), seqlen=32, limit=2)
+        assert side.perplexity == pytest.approx(perplexity(loaded, held_out).perplexity)
+    assert result.dense.perplexity != result.pifa.perplexity
     assert min(result.dense.tokens_per_second, result.pifa.tokens_per_second) > 0
     assert result.measured == "eager"
     assert {"fetching the model", "perplexity of dense", "perplexity of PIFA", "measuring dense"} <= set(stages)
