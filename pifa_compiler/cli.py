@@ -134,7 +134,7 @@ def compress_verb(
         check_destination(output, overwrite=force)
         if data != "self":
             read_text(data, "calibration")  # a missing text is refused before the weights are read
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
         with _progress("compressing", as_json) as progress:
@@ -164,7 +164,7 @@ def eval_verb(
         from .pretrained import load_model, load_tokenizer
 
         read_text(data, "evaluation")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         batches = evaluation_batches(data, model, tokenizer, seqlen=seqlen, limit=windows)
         with _progress("windows", as_json) as progress:
@@ -201,7 +201,7 @@ def generate_verb(
         from .cli_generate import compile_step, generate, prompt_tokens
         from .pretrained import check_vocabulary, load_model, load_tokenizer
 
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         check_vocabulary(model, tokenizer)
         tokens = prompt_tokens(model, tokenizer, prompt, max_new_tokens)

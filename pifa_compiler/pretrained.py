@@ -55,11 +55,12 @@ def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code:
     return _load(source, wanted or "auto", trust_remote_code)
 
 
-def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer that lies beside a model.
 
     Args:
         name: a folder, a GGUF file or a name on the Hugging Face Hub, as in `load_model`.
+        trust_remote_code: whether Python code that comes with the tokenizer may run.
 
     Raises:
         CheckpointError: there is none, it cannot be reached, or it is damaged.
@@ -70,7 +71,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
 
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise _explain(source, error, "a tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
