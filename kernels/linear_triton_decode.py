@@ -3,8 +3,8 @@
     x ------- w_pivot ---> y_p [tokens, r], float32 ------- coeff ---> y [tokens, out]
     order --- inverted --> scatter [out]            \\__ copied into __/
 
-Two launches, neither of which does anything but stream one weight once. What else there is to do rides along in slices,
-one block of 256 a program: the first launch inverts `order`, the second puts y_p in place.
+Two launches, each of which streams one weight once. What else there is to do, programs of the same launch do meanwhile:
+in the first they invert `order`, in the second they put y_p in place.
 
 One token is a GEMV without tensor cores: a program keeps a tile of products in registers, adds them up along the threads
 at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core instruction. y_p stays float32; where `coeff` is
@@ -28,23 +28,67 @@ from .linear_triton_tiles import chunk_of_sum, decode_tiles, tokens_bucket
 MAX_TOKENS = 16
 """From here on a GEMM's tiles are filled; the rows of the smallest tensor-core instruction."""
 
+ASIDE = tl.constexpr(1024)
+"""Elements that a program inverts or puts in place at a time."""
+
 
 @triton.jit
-def invert_slice(order, inverse, pid, programs, OUT: tl.constexpr):
+def invert(order, inverse, pid, programs, OUT: tl.constexpr, BLOCK: tl.constexpr):
     """inverse[order[j]] = j, this program's share of j."""
-    for start in range(pid * 256, OUT, programs * 256):
-        j = start + tl.arange(0, 256)
+    for start in range(pid * BLOCK, OUT, programs * BLOCK):
+        j = start + tl.arange(0, BLOCK)
         stored = tl.load(order + j, mask=j < OUT, other=0)
         tl.store(inverse + stored, j, mask=j < OUT)
 
 
 @triton.jit
-def copy_slice(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, scatter, bias):
+def place_pivots(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, scatter, bias, BLOCK: tl.constexpr):
     """The first R stored rows of y from pivots [M, R], this program's share of them."""
-    for start in range(pid * 256, R, programs * 256):
-        i = start + tl.arange(0, 256)
+    for start in range(pid * BLOCK, R, programs * BLOCK):
+        i = start + tl.arange(0, BLOCK)
         values = tl.load(pivots + m[:, None] * R + i[None, :], mask=in_m[:, None] & (i < R)[None, :], other=0.0)
         store_rows(values, y, 0, m, i, in_m, i < R, stride_y, 0, scatter, bias)
+
+
+@triton.jit
+def product(
+    a,
+    w_tile,
+    begin,
+    end,
+    in_m,
+    in_n,
+    stride_a,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k a[m, k] w[n, k] for begin <= k < end, float32 [BLOCK_M, BLOCK_N]."""
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    if BLOCK_M == 1:
+        terms = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        for k0 in range(begin, end, BLOCK_K):
+            in_k = k < end - k0
+            a_block = tl.load(a + k0 + k, mask=in_k, other=0.0).to(tl.float32)
+            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+            terms += a_block[None, :] * w_block
+        total = tl.sum(terms, axis=1)[None, :]
+    else:
+        a_tile = a + m[:, None] * stride_a + k[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k0 in range(begin, end, BLOCK_K):
+            in_k = (k < end - k0)[None, :]
+            a_block = tl.load(a_tile + k0, mask=in_m[:, None] & in_k, other=0.0)
+            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k, other=0.0).T
+            if a_block.dtype == w_block.dtype:
+                total = tl.dot(a_block, w_block, total, input_precision=PRECISION)
+            else:
+                high = a_block.to(w_block.dtype)
+                low = (a_block - high.to(tl.float32)).to(w_block.dtype)
+                total = tl.dot(high, w_block, total)
+                total = tl.dot(low, w_block, total)
+    return total
 
 
 @triton.jit
@@ -74,51 +118,35 @@ def decode_kernel(
 ):
     """y[m, column(FIRST + n)] = sum_k a[m, k] w[n, k] + bias, as `prefill_kernel`; sums of CHUNK terms into parts.
 
-    a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. On the side, where it is not None: `order`
-    [OUT] is inverted into `inverse`; `pivots` [M, FIRST] float32 are put into the first stored rows of y, with bias.
+    a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there only if needed,
+    inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y, with bias.
     """
-    pid_n, pid_k, tiles_n = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    pid, programs = pid_k * tiles_n + pid_n, tiles_n * tl.num_programs(1)
+    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_m = m < M
-    if order is not None:
-        invert_slice(order, inverse, pid, programs, OUT)
-    if pivots is not None:
-        copy_slice(pivots, y, m, in_m, stride_y, pid, programs, FIRST, scatter, bias)
-
-    col = pid_n.to(tl.int64) * BLOCK_N
-    in_n = n < N - col
-    w_tile = w + col * K + (n[:, None] * K + k[None, :])
-    begin = pid_k * CHUNK
-    if BLOCK_M == 1:
-        products = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for k0 in range(begin, tl.minimum(begin + CHUNK, K), BLOCK_K):
-            in_k = k < K - k0
-            a_block = tl.load(a + k0 + k, mask=in_k, other=0.0).to(tl.float32)
-            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
-            products += a_block[None, :] * w_block
-        total = tl.sum(products, axis=1)[None, :]
+    aside: tl.constexpr = 1 if order is not None or pivots is not None else 0
+    if pid_k < aside:
+        if order is not None:
+            invert(order, inverse, pid_n, tl.num_programs(0), OUT, ASIDE)
+        if pivots is not None:
+            place_pivots(
+                pivots, y, m, in_m, stride_y, pid_n, tl.num_programs(0), FIRST, scatter, bias, ASIDE // BLOCK_M
+            )
     else:
-        a_tile = a + m[:, None] * stride_a + k[None, :]
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k0 in range(begin, tl.minimum(begin + CHUNK, K), BLOCK_K):
-            in_k = (k < K - k0)[None, :]
-            a_block = tl.load(a_tile + k0, mask=in_m[:, None] & in_k, other=0.0)
-            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k, other=0.0).T
-            if a_block.dtype == w_block.dtype:
-                total = tl.dot(a_block, w_block, total, input_precision=PRECISION)
-            else:
-                high = a_block.to(w_block.dtype)
-                low = (a_block - high.to(tl.float32)).to(w_block.dtype)
-                total = tl.dot(high, w_block, total)
-                total = tl.dot(low, w_block, total)
-
-    n += col.to(tl.int32)
-    if parts is not None:
-        place = parts + pid_k * M * N + (m[:, None] * N + n[None, :])
-        tl.store(place, total, mask=in_m[:, None] & in_n[None, :])
-    else:
-        store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
+        col = pid_n.to(tl.int64) * BLOCK_N
+        in_n = n < N - col
+        part = pid_k - aside
+        end = tl.minimum((part + 1) * CHUNK, K)
+        w_tile = w + col * K + (n[:, None] * K + k[None, :])
+        total = product(
+            a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        n += col.to(tl.int32)
+        if parts is not None:
+            place = parts + part * M * N + (m[:, None] * N + n[None, :])
+            tl.store(place, total, mask=in_m[:, None] & in_n[None, :])
+        else:
+            store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
 
 
 @triton.jit
@@ -171,12 +199,14 @@ def decode(
     def multiply(a: Tensor, w: Tensor, y: Tensor, *, pivots: Tensor | None) -> None:
         rows, terms = w.shape
         first = 0 if pivots is None else rank
+        invert = order if pivots is None else None
         todo = (order, inverse, None, None, None) if pivots is None else (None, None, pivots, inverse, bias)
         chunk = chunk_of_sum(rows, terms, tile.block_n)
         splits = max(1, triton.cdiv(terms, chunk))
         parts = None if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+        aside = int(invert is not None or pivots is not None)
         # Even with no row of its own the second product has y_p to put in place.
-        kernel[lambda meta: (max(1, triton.cdiv(rows, meta["BLOCK_N"])), splits)](
+        kernel[lambda meta: (max(1, triton.cdiv(rows, meta["BLOCK_N"])), splits + aside)](
             a, w, y, parts, *todo, tokens, a.stride(0), y.shape[1],
             N=rows, K=terms, FIRST=first, OUT=out, CHUNK=chunk, BUCKET=bucket, PRECISION=precision, **options,
         )  # fmt: skip

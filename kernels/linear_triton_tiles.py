@@ -65,25 +65,27 @@ def prefill_tiles(itemsize: int, hip: bool) -> tuple[Tile, ...]:
             Tile(128, 64, 64, warps=4, stages=3, resident=2),
             Tile(64, 64, 64, warps=4, stages=4, resident=2),
         )
+    depth = 2 if hip else 3
     return (
-        Tile(64, 64, 32, warps=8, stages=2, resident=2),
-        Tile(128, 64, 32, warps=8, stages=2),
-        Tile(64, 64, 16, warps=4, stages=2, resident=2),
+        Tile(64, 64, 16, warps=4, stages=depth, resident=2),
+        Tile(128, 64, 16, warps=8, stages=depth),
+        Tile(128, 64, 32, warps=8, stages=depth),
     )
 
 
 def decode_tiles(itemsize: int, block_m: int, hip: bool) -> tuple[Tile, ...]:
     """Tiles of the two products over one token (`block_m` 1) or 2 to 16 (`block_m` 16)."""
     wide = 4 // itemsize  # elements in four bytes
+    warps = 2 if hip else 4  # 128 threads either way, each of which loads 16 bytes of x when block_k spans 2 KiB
     if block_m == 1:
         return (
-            Tile(1, 8, 256 * wide, warps=4, stages=1, resident=4),
-            Tile(1, 4, 256 * wide, warps=4, stages=1, resident=4),
-            Tile(1, 16, 128 * wide, warps=4, stages=1, resident=4),
+            Tile(1, 4, 512 * wide, warps, stages=1, resident=4),
+            Tile(1, 8, 512 * wide, warps, stages=1, resident=3),
+            Tile(1, 8, 256 * wide, warps // 2, stages=1, resident=6),
         )
     depth = 2 if hip else 4
     return (
-        Tile(16, 32, 64 * wide, warps=4, stages=depth, resident=1 if hip else 2),
+        Tile(16, 32, 64 * wide, warps=4, stages=depth, resident=2),
         Tile(16, 64, 32 * wide, warps=4, stages=depth, resident=2),
         Tile(16, 16, 64 * wide, warps=4, stages=depth, resident=2),
     )
