@@ -6,6 +6,7 @@ the assumed number of programs a chip can hold. Needs Triton without its interpr
 """
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import tempfile
@@ -81,7 +82,9 @@ class Case:
     def __str__(self) -> str:
         precision = self.precision if self.dtype == "fp32" else ""
         epilogue = "ordered" if self.ordered else "plain"
-        return "-".join(filter(None, (self.kernel, self.product, str(self.tile), self.dtype, precision, epilogue, self.chip)))
+        return "-".join(
+            filter(None, (self.kernel, self.product, str(self.tile), self.dtype, precision, epilogue, self.chip))
+        )
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,16 @@ def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
 
 
 def cases(*, fixed_only: bool = False) -> Iterator[Case]:
-    """All compilations; with `fixed_only` those of the tiles taken without autotuning, in bf16 and fp32."""
+    """All compilations; with `fixed_only` those of the tiles taken without autotuning, in bf16."""
     for chip, limits in CHIPS.items():
         for kernel in ("prefill", "decode1", "decode16"):
-            for dtype in ("bf16", "fp32") if fixed_only else ITEMSIZE:
-                tiles = tiles_of(kernel, dtype, limits.hip)
-                for tile in tiles[:1] if fixed_only else tiles:
-                    for precision in ("ieee", "tf32") if dtype == "fp32" and kernel != "decode1" and not limits.hip else ("ieee",):
-                        for product in ("pivots", "rest"):
-                            for ordered in (True, False):
-                                yield Case(kernel, product, tile, dtype, chip, precision, ordered)
+            for dtype in ("bf16",) if fixed_only else ITEMSIZE:
+                tiles = tiles_of(kernel, dtype, limits.hip)[: 1 if fixed_only else None]
+                two_ways = dtype == "fp32" and kernel != "decode1" and not limits.hip
+                for tile, precision, product, ordered in itertools.product(
+                    tiles, ("ieee", "tf32") if two_ways else ("ieee",), ("pivots", "rest"), (True, False)
+                ):
+                    yield Case(kernel, product, tile, dtype, chip, precision, ordered)
 
 
 def compile_case(case: Case) -> Figures:
@@ -177,11 +180,15 @@ def _read_nvidia(ptx: str, cubin: bytes, shared: int, columns: int) -> Figures:
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    loads = [_bytes_of_ptx_load(line) for line in ptx.splitlines() if re.search(r"\bld\.global|\bcp\.async\.c[ag]", line)]
+    loads = [
+        _bytes_of_ptx_load(line) for line in ptx.splitlines() if re.search(r"\bld\.global|\bcp\.async\.c[ag]", line)
+    ]
     units = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
     spills = found["STACK"] + found["LOCAL"]
     wide = sum(width >= 16 for width in loads)
-    return Figures(found["REG"], spills, shared, columns, len(units), units[0] if units else "none", wide, len(loads) - wide)
+    return Figures(
+        found["REG"], spills, shared, columns, len(units), units[0] if units else "none", wide, len(loads) - wide
+    )
 
 
 def _bytes_of_ptx_load(line: str) -> int:
@@ -204,7 +211,9 @@ def _read_amd(code: str, shared: int) -> Figures:
     wide = sum(name.startswith("dwordx4") for name in loads)
     units = re.findall(r"\bv_mfma_\w+", code)
     spills = number("private_segment_fixed_size")
-    return Figures(number("vgpr_count"), spills, shared, 0, len(units), "v_mfma" if units else "none", wide, len(loads) - wide)
+    return Figures(
+        number("vgpr_count"), spills, shared, 0, len(units), "v_mfma" if units else "none", wide, len(loads) - wide
+    )
 
 
 def faults(case: Case, figures: Figures) -> list[str]:

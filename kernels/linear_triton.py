@@ -82,7 +82,9 @@ def _tunes() -> bool:
     return bool(config.max_autotune) and not knobs.runtime.interpret
 
 
-if knobs.runtime.interpret:  # an interpreted kernel runs on real tensors only, so nothing can trace through the operator
+if (
+    knobs.runtime.interpret
+):  # an interpreted kernel runs on real tensors only, so nothing can trace through the operator
     linear_triton = torch.library.custom_op("pifa::linear_triton", launch, mutates_args=())
 else:
     linear_triton = torch.library.triton_op("pifa::linear_triton", launch, mutates_args=())

@@ -138,9 +138,7 @@ def decode_kernel(
         part = pid_k - aside
         end = tl.minimum((part + 1) * CHUNK, K)
         w_tile = w + col * K + (n[:, None] * K + k[None, :])
-        total = product(
-            a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+        total = product(a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         n += col.to(tl.int32)
         if parts is not None:
             place = parts + part * M * N + (m[:, None] * N + n[None, :])
