@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for chips that are not there, and reads off the machine code what they are made of.
 
 `cases` lists every kernel, product, tile, dtype and chip; `compile_case` compiles one and returns its `Figures`, whose
-`faults` says in words what breaks a promise: spills, narrow loads, no tensor cores, more registers or shared memory than
-the assumed number of programs a chip can hold. Needs Triton without its interpreter, and no GPU.
+`faults` says in words what breaks a promise: spills, narrow loads, no tensor cores, more registers or shared memory
+than the assumed number of programs a chip can hold. Needs Triton without its interpreter, and no GPU.
 """
 
 import dataclasses
@@ -48,6 +48,7 @@ class Chip:
 
     @property
     def hip(self) -> bool:
+        """Whether it is AMD's."""
         return self.target.backend == "hip"
 
 

@@ -3,8 +3,8 @@
     python benchmarks/kernel_figures.py            writes benchmarks/results/kernels.md and kernels.csv
     python benchmarks/kernel_figures.py --json     prints the figures, for the tests
 
-The prediction is arithmetic, not a measurement: time = the larger of bytes / bandwidth and FLOPs / peak, summed over the
-products, with each operand read and each result written once. The kernels have not been timed on a GPU.
+The prediction is arithmetic, not a measurement: time = the larger of bytes / bandwidth and FLOPs / peak, summed over
+the products, with each operand read and each result written once. The kernels have not been timed on a GPU.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def write(rows: list[dict[str, object]]) -> None:
     text = f"""# The Triton kernels, compiled without a GPU
 
 Written by `python benchmarks/kernel_figures.py`. Compiled for d = 4096, r = 2048. `spills` are bytes a thread in local
-memory; `wide` and `narrow` count global loads of at least 16 bytes and of fewer in the code ("plain": of matrices alone;
-"order, bias": also of single indices and biases); `resident` programs at a time on a multiprocessor are assumed.
+memory; `wide` and `narrow` count global loads of at least 16 bytes and of fewer in the code ("plain": of matrices
+alone; "order, bias": also of single indices and biases); `resident` programs at a time on a multiprocessor are assumed.
 decode1 is a GEMV and uses no tensor cores; neither does IEEE float32 on NVIDIA. **Not timed on a GPU.**
 
 {table(rows)}

@@ -27,8 +27,8 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
     """`pifa::linear` (arXiv 2501.19090, section 3) by the kernels for the number of tokens at hand.
 
     With `torch._inductor.config.max_autotune` (`torch.compile(..., mode="max-autotune")`) all tiles are timed for every
-    weight shape and bucket of tokens (1, 16, 128, 1024, more); without it each kernel has one fixed tile. float32 runs on
-    tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, and never on AMD; else in IEEE float32.
+    weight shape and bucket of tokens (1, 16, 128, 1024, more); without it each kernel has one fixed tile. float32 runs
+    on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; else it is IEEE.
 
     Args:
         x: [..., in], float16, bfloat16 or float32; copied unless its last stride is 1 and its tokens are evenly spaced.

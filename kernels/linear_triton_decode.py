@@ -6,12 +6,12 @@
 Two launches, each of which streams one weight once. What else there is to do, programs of the same launch do meanwhile:
 in the first they invert `order`, in the second they put y_p in place.
 
-One token is a GEMV without tensor cores: a program keeps a tile of products in registers, adds them up along the threads
-at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core instruction. y_p stays float32; where `coeff` is
-narrower, tensor cores take y_p as the sum of two numbers of that dtype, whose rounding error is that of twice the digits.
+One token is a GEMV without tensor cores: a program keeps a tile of products in registers and adds them up along the
+threads at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core instruction. y_p stays float32; where
+`coeff` is narrower, tensor cores take y_p as the sum of two numbers of that dtype, which have twice its digits.
 
-Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are added
-up in a fixed order by a launch of their own, not by atomics: the result is the same from run to run.
+Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are
+added up in a fixed order by a launch of their own, not by atomics: the result is the same from run to run.
 """
 
 from functools import cache
@@ -118,8 +118,8 @@ def decode_kernel(
 ):
     """y[m, column(FIRST + n)] = sum_k a[m, k] w[n, k] + bias, as `prefill_kernel`; sums of CHUNK terms into parts.
 
-    a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there only if needed,
-    inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y, with bias.
+    a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there if needed,
+    inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y.
     """
     pid_n, pid_k = tl.program_id(0), tl.program_id(1)
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)

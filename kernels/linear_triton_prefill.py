@@ -68,7 +68,7 @@ def prefill_kernel(
     group = pid // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     within = pid % (GROUP * tiles_n)
-    # A tile's first row and column are int64: tokens * out may exceed 2**31. Offsets within a tile are not (see launch).
+    # A tile's first row and column are int64: tokens * out may exceed 2**31. Offsets within a tile are not.
     row = (group * GROUP + within % height).to(tl.int64) * BLOCK_M
     col = (within // height).to(tl.int64) * BLOCK_N
 
@@ -108,7 +108,7 @@ def prefill(
     """`pifa::linear` by two GEMMs, for x [tokens, in] with unit stride along `in`, all else contiguous.
 
     Args:
-        x, w_pivot, coeff, order, bias: as in `linear`, at least one token; x with any stride between tokens below 2**22.
+        x, w_pivot, coeff, order, bias: as in `linear`, at least one token; x with any stride between tokens < 2**22.
         precision: of float32 products, "tf32" or "ieee".
         tune: try all tiles on the first call of a shape; otherwise the first tile is taken.
     """

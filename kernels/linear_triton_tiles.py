@@ -2,7 +2,7 @@
 
 A list depends on the width of the dtype, for a tile is limited by its bytes: `block_k` spans 64 to 128 bytes of a row
 wherever the product runs on tensor cores. AMD's compute units hold 64 KiB of shared memory where NVIDIA's hold 163 KiB
-and more, so that the lists for them are of their own (`hip`) and shallower. The first tile of a list is the fixed choice.
+and more, so that the lists for them are of their own (`hip`) and shallower. The first tile is the fixed choice.
 
 `benchmarks/kernel_figures.py` compiles every tile of every list for every chip; `resident` is what it holds the
 registers and the shared memory against.

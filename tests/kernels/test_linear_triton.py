@@ -1,4 +1,4 @@
-"""Values by Triton's interpreter, in a process of its own kind: `make test` sets TRITON_INTERPRET=1 for the whole run."""
+"""Values by Triton's interpreter (`make test` sets TRITON_INTERPRET=1), tracing in a process without it."""
 
 import os
 import subprocess
@@ -219,8 +219,8 @@ class Layer(torch.nn.Module):
         return (torch.ops.pifa.linear_triton.default(*values),)
 with FakeTensorMode():
     h = dict(device="cuda", dtype=torch.bfloat16)
-    order = torch.empty(96, device="cuda", dtype=torch.int64)
-    values = (torch.empty({tokens}, 64, **h), torch.empty(32, 64, **h), torch.empty(64, 32, **h), order, torch.empty(96, **h))
+    order, bias = torch.empty(96, device="cuda", dtype=torch.int64), torch.empty(96, **h)
+    values = (torch.empty({tokens}, 64, **h), torch.empty(32, 64, **h), torch.empty(64, 32, **h), order, bias)
     gm, _ = aot_export_module(Layer(), values, trace_joint=False)
 print(sum("triton_kernel_wrapper" in str(n.target) for n in gm.graph.nodes))
 print(sum("pifa" in str(n.target) for n in gm.graph.nodes))

@@ -48,8 +48,9 @@ from kernel_compile import Figures, cases, faults
 case = next(c for c in cases() if c.kernel == "prefill" and not c.ordered)
 good = Figures(128, 0, 65536, 0, 64, "mma.sync", 24, 0)
 print(faults(case, good))
-for change in ({{"spills": 32}}, {{"tensor_core": 0}}, {{"wide": 0}}, {{"narrow": 3}}, {{"shared": 200000}}, {{"registers": 255 + 8}}):
-    print(faults(case, dataclasses.replace(good, **change)))
+bad = {{"spills": 32, "tensor_core": 0, "wide": 0, "narrow": 3, "shared": 200000, "registers": 263}}
+for name, value in bad.items():
+    print(faults(case, dataclasses.replace(good, **{{name: value}})))
 """
 
 
