@@ -25,6 +25,7 @@ types: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/quality.py --samples 8 --windows 8
+	$(BIN)/python benchmarks/kernel_figures.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -6,6 +6,7 @@ body, is what every compiler sees where no other form is chosen.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Case:
         dtype: of the weights.
         d_in, d_out, rank: the shape of the linear.
         tokens: rows of x, or of the example that was traced where they vary; None if unknown.
+        result_dtype: of the result, another one than `dtype` under autocast; None if unknown.
     """
 
     device: str
@@ -34,6 +36,7 @@ class Case:
     d_out: int
     rank: int
     tokens: int | None
+    result_dtype: torch.dtype | None = None
 
 
 Build = Callable[[GraphModule, Node], Node]
@@ -58,7 +61,28 @@ def choose_on_cpu(case: Case) -> Build | Skip:
     return Skip("plain subgraph: Inductor's code for it is the fastest form on a CPU")
 
 
-FORMS: Mapping[str, Callable[[Case], Build | Skip]] = {"cpu": choose_on_cpu}
+def choose_on_gpu(case: Case) -> Build | Skip:
+    """On a GPU, NVIDIA's or AMD's, the Triton kernels, where they exist for the case. Not timed on a GPU."""
+    if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return Skip(f"plain subgraph: there is no Triton kernel for {case.dtype}")
+    if case.result_dtype not in (None, case.dtype):
+        return Skip("plain subgraph: under autocast the products are of another dtype than the weights")
+    if find_spec("triton") is None:
+        return Skip("plain subgraph: Triton is not installed; pip install pifa-compiler[gpu]")
+    if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return Skip("plain subgraph: the Triton kernels need compute capability 8.0")
+    return build_triton
+
+
+def build_triton(gm: GraphModule, node: Node) -> Node:
+    """The operator `pifa::linear_triton`, which takes the same arguments."""
+    from ..kernels import linear_triton as _registers_the_form  # noqa: F401  imports triton, so only here
+
+    return gm.graph.call_function(torch.ops.pifa.linear_triton.default, node.args)
+
+
+FORMS: Mapping[str, Callable[[Case], Build | Skip]] = {"cpu": choose_on_cpu, "cuda": choose_on_gpu}
+"""By type of device; to torch AMD's GPUs are "cuda" as well."""
 
 
 class Lower(Rewrite):
@@ -97,7 +121,7 @@ def _case(gm: GraphModule, node: Node) -> Case | None:
         return None
     (rank, d_in), d_out = w_pivot.shape, w_pivot.shape[0] + coeff.shape[0]
     tokens = None if result is None else _hint(result.numel()) // d_out
-    return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens)
+    return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens, None if result is None else result.dtype)
 
 
 def _value(gm: GraphModule, node: Any) -> Tensor | None:

@@ -27,7 +27,11 @@ HEAVY_AT_THE_TOP = {
     "pifa_compiler/cli.py": {"typer", "rich"},  # imported by the command only
     "pifa_compiler/cli_print.py": {"rich"},  # imported by the command only
     "pifa_compiler/hf_quantizer.py": {"transformers"},  # derives from its classes; imported by transformers' registry
-    "kernels/linear_triton.py": {"triton"},  # @triton.jit decorates its functions; imported by the lowering
+    # @triton.jit decorates their functions; imported by the lowering, where it emits the operator
+    "kernels/linear_triton.py": {"triton"},
+    "kernels/linear_triton_decode.py": {"triton"},
+    "kernels/linear_triton_prefill.py": {"triton"},
+    "kernels/linear_triton_tiles.py": {"triton"},
 }
 
 

@@ -1,0 +1,262 @@
+"""Compiles the Triton kernels for chips that are not there, and reads off the machine code what they are made of.
+
+`cases` lists every kernel, product, tile, dtype and chip; `compile_case` compiles one and returns its `Figures`, whose
+`faults` says in words what breaks a promise: spills, narrow loads, no tensor cores, more registers or shared memory
+than the assumed number of programs a chip can hold. Needs Triton without its interpreter, and no GPU.
+"""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from pifa_compiler.kernels.linear_triton_decode import decode_kernel
+from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
+from pifa_compiler.kernels.linear_triton_tiles import Tile, decode_tiles, prefill_tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+D_IN, RANK, OUT = 4096, 2048, 4096
+"""Compiled for d = 4096 at half rank: the widths that matter are multiples of 16, as ranks are by default."""
+
+ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a multiprocessor (SM, compute unit) offers; from the makers' programming guides.
+
+    Attributes:
+        target: what Triton compiles for.
+        shared, shared_per_program: bytes of shared memory of a multiprocessor, and of them for one program at most.
+        reserved: bytes of shared memory that the system takes from every program's share.
+        registers: 32-bit registers of a multiprocessor; on AMD of a lane of one of its four SIMDs.
+        warps: at most so many at a time.
+    """
+
+    target: GPUTarget
+    shared: int
+    shared_per_program: int
+    reserved: int
+    registers: int
+    warps: int
+
+    @property
+    def hip(self) -> bool:
+        """Whether it is AMD's."""
+        return self.target.backend == "hip"
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 167936, 166912, 1024, 65536, 64),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 233472, 232448, 1024, 65536, 64),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 233472, 232448, 1024, 65536, 64),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, 65536, 0, 512, 32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        kernel: "prefill", "decode1" (one token) or "decode16" (2 to 16).
+        product: "pivots" (x w_pivot^T) or "rest" (y_p coeff^T).
+        tile, dtype, chip: what it is compiled with and for.
+        precision: of float32 products, "ieee" or "tf32".
+        ordered: with order and bias; without, all loads that are left are of the matrices.
+    """
+
+    kernel: str
+    product: str
+    tile: Tile
+    dtype: str
+    chip: str
+    precision: str
+    ordered: bool
+
+    def __str__(self) -> str:
+        precision = self.precision if self.dtype == "fp32" else ""
+        epilogue = "ordered" if self.ordered else "plain"
+        return "-".join(
+            filter(None, (self.kernel, self.product, str(self.tile), self.dtype, precision, epilogue, self.chip))
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the machine code says.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes of local memory (stack included) per thread.
+        shared: bytes of shared memory of a program.
+        tensor_memory: columns of tensor memory of a program (sm_100 has 512).
+        tensor_core: such instructions, counted in the code.
+        instruction: their name.
+        wide, narrow: global loads of 16 bytes and more, and of fewer.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_memory: int
+    tensor_core: int
+    instruction: str
+    wide: int
+    narrow: int
+
+
+def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
+    """The list that autotuning tries."""
+    if kernel == "prefill":
+        return prefill_tiles(ITEMSIZE[dtype], hip)
+    return decode_tiles(ITEMSIZE[dtype], int(kernel.removeprefix("decode")), hip)
+
+
+def cases(*, fixed_only: bool = False) -> Iterator[Case]:
+    """All compilations; with `fixed_only` those of the tiles taken without autotuning, in bf16."""
+    for chip, limits in CHIPS.items():
+        for kernel in ("prefill", "decode1", "decode16"):
+            for dtype in ("bf16",) if fixed_only else ITEMSIZE:
+                tiles = tiles_of(kernel, dtype, limits.hip)[: 1 if fixed_only else None]
+                two_ways = dtype == "fp32" and kernel != "decode1" and not limits.hip
+                for tile, precision, product, ordered in itertools.product(
+                    tiles, ("ieee", "tf32") if two_ways else ("ieee",), ("pivots", "rest"), (True, False)
+                ):
+                    yield Case(kernel, product, tile, dtype, chip, precision, ordered)
+
+
+def compile_case(case: Case) -> Figures:
+    """Compiles one case and reads its code."""
+    chip = CHIPS[case.chip]
+    kernel, arguments = _arguments(case)
+    constants = {name: value for name, value in arguments.items() if not _is_type(value)}
+    signature = {name: "constexpr" if name in constants else str(value) for name, value in arguments.items()}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind != "constexpr" and name != "M"]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
+    compiled = triton.compile(source, target=chip.target, options=options)
+    shared = int(compiled.metadata.shared)
+    if chip.hip:
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    return _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], shared, columns)
+
+
+def _is_type(value: object) -> bool:
+    return isinstance(value, str) and (value.startswith("*") or value == "i32")
+
+
+def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
+    """The kernel and, in its order, the type of every argument that is passed and the value of all others."""
+    x, index = f"*{case.dtype}", "*i32" if case.ordered else None
+    bias = x if case.ordered else None
+    first = case.product == "pivots"
+    rows, terms = (RANK, D_IN) if first else (OUT - RANK, RANK)
+    sizes: dict[str, object] = {"N": rows, "K": terms, "FIRST": 0 if first else RANK}
+    common = {"BUCKET": 0, "PRECISION": case.precision, **case.tile.constants()}
+    if case.kernel == "prefill":
+        a, kept = (x, bias) if first else (bias, None)
+        pointers = {"a": a, "w": x, "y": x, "kept": kept, "scatter": index, "bias": bias}
+        strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
+        return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
+    pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
+    pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
+    pointers |= {"pivots": None if first else "*fp32"}
+    pointers |= {"scatter": None, "bias": None} if first else {"scatter": index, "bias": bias}
+    strides = {"M": 1 if case.kernel == "decode1" else "i32", "stride_a": "i32", "stride_y": "i32"}
+    return decode_kernel, {**pointers, **strides, **sizes, "OUT": OUT, "CHUNK": terms, **common}
+
+
+def _read_nvidia(ptx: str, cubin: bytes, shared: int, columns: int) -> Figures:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    loads = [
+        _bytes_of_ptx_load(line) for line in ptx.splitlines() if re.search(r"\bld\.global|\bcp\.async\.c[ag]", line)
+    ]
+    units = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
+    spills = found["STACK"] + found["LOCAL"]
+    wide = sum(width >= 16 for width in loads)
+    return Figures(
+        found["REG"], spills, shared, columns, len(units), units[0] if units else "none", wide, len(loads) - wide
+    )
+
+
+def _bytes_of_ptx_load(line: str) -> int:
+    if "cp.async" in line:
+        found = re.search(r"\],\s*(0x[0-9a-f]+|\d+)", line)
+        assert found, line
+        return int(found[1], 0)
+    found = re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\b", line)
+    assert found, line
+    return int(found[1] or 1) * int(found[2]) // 8
+
+
+def _read_amd(code: str, shared: int) -> Figures:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", code)
+        assert found, name
+        return int(found[1])
+
+    loads = re.findall(r"^\s*(?:global|buffer)_load_(?:lds_)?(\w+)", code, re.MULTILINE)
+    wide = sum(name.startswith("dwordx4") for name in loads)
+    units = re.findall(r"\bv_mfma_\w+", code)
+    spills = number("private_segment_fixed_size")
+    return Figures(
+        number("vgpr_count"), spills, shared, 0, len(units), "v_mfma" if units else "none", wide, len(loads) - wide
+    )
+
+
+def faults(case: Case, figures: Figures) -> list[str]:
+    """What breaks a promise, in words with its figure; empty if nothing does."""
+    chip, tile = CHIPS[case.chip], case.tile
+    found = []
+    if figures.spills:
+        found.append(f"{figures.spills} bytes a thread in local memory")
+    if case.kernel != "decode1" and (case.dtype != "fp32" or case.precision == "tf32") and not figures.tensor_core:
+        found.append("no tensor-core instruction")
+    if not figures.wide:
+        found.append("no global load is 16 bytes wide")
+    if not case.ordered and figures.narrow:
+        found.append(f"{figures.narrow} global loads are narrower than 16 bytes")
+    if figures.shared > chip.shared_per_program:
+        found.append(f"{figures.shared} bytes of shared memory, the chip gives {chip.shared_per_program}")
+    elif (figures.shared + chip.reserved) * tile.resident > chip.shared:
+        found.append(f"{tile.resident} times {figures.shared} bytes of shared memory, the chip has {chip.shared}")
+    if chip.hip:
+        waves = -(-tile.resident * tile.warps // 4)
+        if waves * -(-figures.registers // 8) * 8 > chip.registers:
+            found.append(f"{waves} waves of {figures.registers} registers, a SIMD has {chip.registers}")
+    elif tile.resident * tile.warps * 32 * (-(-figures.registers // 8) * 8) > chip.registers:
+        found.append(f"{tile.resident} times {tile.warps * 32} threads of {figures.registers} registers, "
+                     f"the chip has {chip.registers}")  # fmt: skip
+    if tile.resident * figures.tensor_memory > 512:
+        found.append(f"{tile.resident} times {figures.tensor_memory} columns of tensor memory, the chip has 512")
+    if tile.resident * tile.warps > chip.warps:
+        found.append(f"{tile.resident} times {tile.warps} warps, the chip holds {chip.warps}")
+    return found
+
+
+def row(case: Case, figures: Figures) -> dict[str, object]:
+    """One line of the table."""
+    values = {
+        "kernel": case.kernel,
+        "product": case.product,
+        "tile": str(case.tile),
+        "dtype": case.dtype if case.dtype != "fp32" else f"fp32 {case.precision}",
+        "epilogue": "order, bias" if case.ordered else "plain",
+        "chip": case.chip,
+        **dataclasses.asdict(figures),
+        "resident": case.tile.resident,
+    }
+    return values | {"faults": "; ".join(faults(case, figures))}

@@ -1,0 +1,221 @@
+"""Decode: `pifa::linear` over 1 to 16 tokens, which is as fast as the weights can be read.
+
+    x ------- w_pivot ---> y_p [tokens, r], float32 ------- coeff ---> y [tokens, out]
+    order --- inverted --> scatter [out]            \\__ copied into __/
+
+Two launches, each of which streams one weight once. What else there is to do, programs of the same launch do meanwhile:
+in the first they invert `order`, in the second they put y_p in place.
+
+One token is a GEMV without tensor cores: a program keeps a tile of products in registers and adds them up along the
+threads at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core instruction. y_p stays float32; where
+`coeff` is narrower, tensor cores take y_p as the sum of two numbers of that dtype, which have twice its digits.
+
+Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are
+added up in a fixed order by a launch of their own, not by atomics: the result is the same from run to run.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .linear_triton_prefill import store_rows
+from .linear_triton_tiles import chunk_of_sum, decode_tiles, tokens_bucket
+
+MAX_TOKENS = 16
+"""From here on a GEMM's tiles are filled; the rows of the smallest tensor-core instruction."""
+
+ASIDE = tl.constexpr(1024)
+"""Elements that a program inverts or puts in place at a time."""
+
+
+@triton.jit
+def invert(order, inverse, pid, programs, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """inverse[order[j]] = j, this program's share of j."""
+    for start in range(pid * BLOCK, OUT, programs * BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        stored = tl.load(order + j, mask=j < OUT, other=0)
+        tl.store(inverse + stored, j, mask=j < OUT)
+
+
+@triton.jit
+def place_pivots(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, scatter, bias, BLOCK: tl.constexpr):
+    """The first R stored rows of y from pivots [M, R], this program's share of them."""
+    for start in range(pid * BLOCK, R, programs * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        values = tl.load(pivots + m[:, None] * R + i[None, :], mask=in_m[:, None] & (i < R)[None, :], other=0.0)
+        store_rows(values, y, 0, m, i, in_m, i < R, stride_y, 0, scatter, bias)
+
+
+@triton.jit
+def product(
+    a,
+    w_tile,
+    begin,
+    end,
+    in_m,
+    in_n,
+    stride_a,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k a[m, k] w[n, k] for begin <= k < end, float32 [BLOCK_M, BLOCK_N]."""
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    if BLOCK_M == 1:
+        terms = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        for k0 in range(begin, end, BLOCK_K):
+            in_k = k < end - k0
+            a_block = tl.load(a + k0 + k, mask=in_k, other=0.0).to(tl.float32)
+            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+            terms += a_block[None, :] * w_block
+        total = tl.sum(terms, axis=1)[None, :]
+    else:
+        a_tile = a + m[:, None] * stride_a + k[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k0 in range(begin, end, BLOCK_K):
+            in_k = (k < end - k0)[None, :]
+            a_block = tl.load(a_tile + k0, mask=in_m[:, None] & in_k, other=0.0)
+            w_block = tl.load(w_tile + k0, mask=in_n[:, None] & in_k, other=0.0).T
+            if a_block.dtype == w_block.dtype:
+                total = tl.dot(a_block, w_block, total, input_precision=PRECISION)
+            else:
+                high = a_block.to(w_block.dtype)
+                low = (a_block - high.to(tl.float32)).to(w_block.dtype)
+                total = tl.dot(high, w_block, total)
+                total = tl.dot(low, w_block, total)
+    return total
+
+
+@triton.jit
+def decode_kernel(
+    a,
+    w,
+    y,
+    parts,
+    order,
+    inverse,
+    pivots,
+    scatter,
+    bias,
+    M,
+    stride_a,
+    stride_y,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    OUT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BUCKET: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[m, column(FIRST + n)] = sum_k a[m, k] w[n, k] + bias, as `prefill_kernel`; sums of CHUNK terms into parts.
+
+    a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there if needed,
+    inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y.
+    """
+    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_m = m < M
+    aside: tl.constexpr = 1 if order is not None or pivots is not None else 0
+    if pid_k < aside:
+        if order is not None:
+            invert(order, inverse, pid_n, tl.num_programs(0), OUT, ASIDE)
+        if pivots is not None:
+            place_pivots(
+                pivots, y, m, in_m, stride_y, pid_n, tl.num_programs(0), FIRST, scatter, bias, ASIDE // BLOCK_M
+            )
+    else:
+        col = pid_n.to(tl.int64) * BLOCK_N
+        in_n = n < N - col
+        part = pid_k - aside
+        end = tl.minimum((part + 1) * CHUNK, K)
+        w_tile = w + col * K + (n[:, None] * K + k[None, :])
+        total = product(a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        n += col.to(tl.int32)
+        if parts is not None:
+            place = parts + part * M * N + (m[:, None] * N + n[None, :])
+            tl.store(place, total, mask=in_m[:, None] & in_n[None, :])
+        else:
+            store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
+
+
+@triton.jit
+def add_parts_kernel(
+    parts,
+    y,
+    scatter,
+    bias,
+    M,
+    stride_y,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[m, column(FIRST + n)] = sum of parts[:, m, n] + bias, for parts [PARTS, M, N] float32."""
+    m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = m < M, n < N
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(PARTS):
+        place = parts + part * M * N + (m[:, None] * N + n[None, :])
+        total += tl.load(place, mask=in_m[:, None] & in_n[None, :], other=0.0)
+    store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
+
+
+@cache
+def _tuned(itemsize: int, block_m: int, hip: bool) -> triton.runtime.Autotuner:
+    configs = [tile.config() for tile in decode_tiles(itemsize, block_m, hip)]
+    return triton.autotune(configs, key=["BUCKET", "N", "K", "CHUNK"])(decode_kernel)
+
+
+def decode(
+    x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None, *, precision: str, tune: bool
+) -> Tensor:
+    """`pifa::linear` over 1 to 16 tokens, for x [tokens, in] with unit stride along `in`, all else contiguous.
+
+    Arguments as in `prefill`.
+    """
+    (tokens, _), (rank, _) = x.shape, w_pivot.shape
+    out, hip = rank + coeff.shape[0], torch.version.hip is not None
+    block_m = 1 if tokens == 1 else MAX_TOKENS
+    bucket = tokens_bucket(tokens)
+    tile = decode_tiles(x.element_size(), block_m, hip)[0]
+    kernel = wrap_triton(_tuned(x.element_size(), block_m, hip) if tune else decode_kernel)
+    options = {} if tune else tile.launch_options()
+
+    inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
+
+    def multiply(a: Tensor, w: Tensor, y: Tensor, *, pivots: Tensor | None) -> None:
+        rows, terms = w.shape
+        first = 0 if pivots is None else rank
+        invert = order if pivots is None else None
+        todo = (order, inverse, None, None, None) if pivots is None else (None, None, pivots, inverse, bias)
+        chunk = chunk_of_sum(rows, terms, tile.block_n)
+        splits = max(1, triton.cdiv(terms, chunk))
+        parts = None if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+        aside = int(invert is not None or pivots is not None)
+        # Even with no row of its own the second product has y_p to put in place.
+        kernel[lambda meta: (max(1, triton.cdiv(rows, meta["BLOCK_N"])), splits + aside)](
+            a, w, y, parts, *todo, tokens, a.stride(0), y.shape[1],
+            N=rows, K=terms, FIRST=first, OUT=out, CHUNK=chunk, BUCKET=bucket, PRECISION=precision, **options,
+        )  # fmt: skip
+        if parts is not None and rows:
+            wrap_triton(add_parts_kernel)[(triton.cdiv(rows, 128),)](
+                parts, y, *todo[3:], tokens, y.shape[1],
+                N=rows, FIRST=first, PARTS=splits, BLOCK_M=block_m, BLOCK_N=128,
+            )  # fmt: skip
+
+    y_pivot = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)
+    y = x.new_empty(tokens, out)
+    multiply(x, w_pivot, y_pivot, pivots=None)
+    multiply(y_pivot, coeff, y, pivots=y_pivot)
+    return y

@@ -1,0 +1,114 @@
+"""Tile sizes of the Triton kernels: the short lists that autotuning tries, and the fixed choice without tuning.
+
+A list depends on the width of the dtype, for a tile is limited by its bytes: `block_k` spans 64 to 128 bytes of a row
+wherever the product runs on tensor cores. AMD's compute units hold 64 KiB of shared memory where NVIDIA's hold 163 KiB
+and more, so that the lists for them are of their own (`hip`) and shallower. The first tile is the fixed choice.
+
+`benchmarks/kernel_figures.py` compiles every tile of every list for every chip; `resident` is what it holds the
+registers and the shared memory against.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes.
+
+    Attributes:
+        block_m, block_n: tokens and weight rows of a tile of the result.
+        block_k: columns multiplied between two loads.
+        warps: of 32 threads, on AMD of 64.
+        stages: loads in flight; the software pipeline's depth.
+        resident: programs that one SM or compute unit is assumed to hold at a time.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    resident: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}-w{self.warps}-s{self.stages}"
+
+    def constants(self) -> dict[str, int]:
+        """The kernel's tile parameters."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def launch_options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {**self.constants(), "num_warps": self.warps, "num_stages": self.stages}
+
+    def config(self) -> triton.Config:
+        """What `triton.autotune` takes."""
+        return triton.Config(self.constants(), num_warps=self.warps, num_stages=self.stages)
+
+
+def prefill_tiles(itemsize: int, hip: bool) -> tuple[Tile, ...]:
+    """Tiles of the two GEMMs over more than 16 tokens."""
+    if itemsize == 2:
+        if hip:
+            return (
+                Tile(128, 128, 64, warps=8, stages=2, resident=2),
+                Tile(256, 128, 32, warps=8, stages=2),
+                Tile(128, 64, 64, warps=4, stages=2, resident=2),
+                Tile(64, 64, 64, warps=4, stages=2, resident=2),
+            )
+        return (
+            Tile(128, 128, 64, warps=8, stages=3),
+            Tile(128, 256, 64, warps=8, stages=3),
+            Tile(128, 128, 32, warps=4, stages=4, resident=2),
+            Tile(128, 64, 64, warps=4, stages=3, resident=2),
+            Tile(64, 64, 64, warps=4, stages=4, resident=2),
+        )
+    depth = 2 if hip else 3
+    return (
+        Tile(64, 64, 16, warps=4, stages=depth, resident=2),
+        Tile(128, 64, 16, warps=8, stages=depth),
+        Tile(128, 64, 32, warps=8, stages=depth),
+    )
+
+
+def decode_tiles(itemsize: int, block_m: int, hip: bool) -> tuple[Tile, ...]:
+    """Tiles of the two products over one token (`block_m` 1) or 2 to 16 (`block_m` 16)."""
+    wide = 4 // itemsize  # elements in four bytes
+    warps = 2 if hip else 4  # 128 threads either way, each of which loads 16 bytes of x when block_k spans 2 KiB
+    if block_m == 1:
+        return (
+            Tile(1, 4, 512 * wide, warps, stages=1, resident=4),
+            Tile(1, 8, 512 * wide, warps, stages=1, resident=3),
+            Tile(1, 8, 256 * wide, warps // 2, stages=1, resident=6),
+        )
+    depth = 2 if hip else 4
+    return (
+        Tile(16, 32, 64 * wide, warps=4, stages=depth, resident=2),
+        Tile(16, 64, 32 * wide, warps=4, stages=depth, resident=2),
+        Tile(16, 16, 64 * wide, warps=4, stages=depth, resident=2),
+    )
+
+
+def tokens_bucket(tokens: int) -> int:
+    """The largest number of tokens that is tuned together with `tokens`; each bucket is compiled once."""
+    return next((bucket for bucket in (1, 16, 128, 1024) if tokens <= bucket), 2**31)
+
+
+SPLITS = 8
+"""At most so many programs share one sum."""
+
+PROGRAMS = 256
+"""Programs that keep any of today's chips (108 to 304 compute units) reading; fewer are split along the sum."""
+
+MIN_CHUNK = 1024
+"""Terms of a sum that are worth a program; a multiple of every `block_k`."""
+
+
+def chunk_of_sum(rows: int, terms: int, block_n: int) -> int:
+    """How many of the `terms` of every sum one program of the decode kernel adds; a multiple of `MIN_CHUNK`."""
+    tiles = max(1, -(-rows // block_n))
+    splits = max(1, min(SPLITS, PROGRAMS // tiles))
+    chunk: int = max(1, -(-terms // (splits * MIN_CHUNK))) * MIN_CHUNK
+    return chunk

@@ -1,0 +1,69 @@
+"""The kernels compiled for chips that are not there, in a process without Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_figures.py"
+CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def compiled(*options: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_no_faults(rows: list[dict]) -> None:
+    assert rows
+    assert [row for row in rows if row["faults"]] == []
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_fixed_tiles_keep_what_is_promised(chip: str):
+    rows = compiled("--fixed-only", "--chip", chip)
+    assert {row["kernel"] for row in rows} == {"prefill", "decode1", "decode16"}
+    assert_no_faults(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_tile_keeps_what_is_promised(chip: str):
+    assert_no_faults(compiled("--chip", chip))
+
+
+FAULTS = """
+import dataclasses, sys
+sys.path.insert(0, {folder!r})
+from kernel_compile import Figures, cases, faults
+case = next(c for c in cases() if c.kernel == "prefill" and not c.ordered)
+good = Figures(128, 0, 65536, 0, 64, "mma.sync", 24, 0)
+print(faults(case, good))
+bad = {{"spills": 32, "tensor_core": 0, "wide": 0, "narrow": 3, "shared": 200000, "registers": 263}}
+for name, value in bad.items():
+    print(faults(case, dataclasses.replace(good, **{{name: value}})))
+"""
+
+
+def test_each_fault_is_said_with_its_figure():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = FAULTS.format(folder=str(SCRIPT.parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    good, *bad = done.stdout.splitlines()
+    assert good == "[]"
+    for line, words in zip(
+        bad,
+        ["32 bytes", "no tensor-core", "no global load", "3 global loads", "200000 bytes", "263 registers"],
+        strict=True,
+    ):
+        assert words in line
+        assert line.count("', '") == 0
