@@ -17,6 +17,8 @@ from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .rewrite import Rewrite, Skip
 from .weights import tensor_at
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,21 +46,22 @@ Build = Callable[[GraphModule, Node], Node]
 
 
 def choose_on_cpu(case: Case) -> Build | Skip:
-    """On a CPU Inductor's own code for the plain subgraph is the fastest form.
+    """On a CPU the native code of `kernels.linear_cpu`, where it can be built. Its docstring says why it is there."""
+    from ..kernels import linear_cpu
 
-    It lets the second product write straight into the joint buffer, and undoes the row order in one loop with whatever
-    consumes the result. Measured with torch 2.13, one core with avx512_bf16, r = d/2, 1..512 tokens, a bias and a
-    residual add behind, time over the plain subgraph's, smallest and largest over d = 576, 1024, 2048:
+    if case.dtype not in linear_cpu.DTYPES:
+        return Skip(f"plain subgraph: there is no native code for {case.dtype}")
+    if case.result_dtype not in (None, case.dtype):
+        return Skip("plain subgraph: under autocast the products are of another dtype than the weights")
+    reason = linear_cpu.load()
+    return build_cpu if reason is None else Skip(f"plain subgraph: {reason}")
 
-        tokens                                            1            8            128          512
-        custom op, both products in one buffer    fp32    1.08..1.40   1.07..1.23   1.02..1.05   1.00..1.03
-                                                  bf16    1.10..1.33   1.06..1.29   1.02..1.09   1.00..1.04
-        gather from two buffers, never joined     fp32    0.96..1.00   1.02..1.02   1.02..1.09   1.02..1.10
-                                                  bf16    0.97..1.03   0.99..1.02   1.03..1.12   1.04..1.14
 
-    The custom operator loses its call overhead (25 to 50 microseconds) and wins nothing back.
-    """
-    return Skip("plain subgraph: Inductor's code for it is the fastest form on a CPU")
+def build_cpu(gm: GraphModule, node: Node) -> Node:
+    """The operator `pifa::linear_cpu`, and the bias behind it."""
+    *operands, bias = node.args
+    result = gm.graph.call_function(torch.ops.pifa.linear_cpu.default, tuple(operands))
+    return result if bias is None else gm.graph.call_function(aten.add.Tensor, (result, bias))
 
 
 def choose_on_gpu(case: Case) -> Build | Skip:

@@ -104,6 +104,12 @@ def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
     return Weight(str(node.target), values.t() if transposed else values, node)
 
 
+def constant_at(gm: GraphModule, arg: Any) -> Weight | None:
+    """A weight, dense or pivot rows, that the graph itself holds and that nobody changes; None for any other."""
+    weight = weight_of(gm, arg)
+    return weight if isinstance(weight, Weight) and weight.node.op == "get_attr" else None
+
+
 def store_factors(gm: GraphModule, name: str, factors: PifaFactors) -> tuple[Node, Node, Node]:
     """Keeps `factors` on `gm` beside the weight called `name`; returns the nodes of w_pivot, coeff and order."""
     prefix, _, _ = name.rpartition(".")
@@ -115,6 +121,15 @@ def store_factors(gm: GraphModule, name: str, factors: PifaFactors) -> tuple[Nod
         attribute = _attribute_for(holder, stem + suffix, value)
         nodes.append(gm.graph.get_attr(f"{path}.{attribute}" if path else attribute))
     return nodes[0], nodes[1], nodes[2]
+
+
+def store_tensor(gm: GraphModule, name: str, suffix: str, value: Tensor) -> Node:
+    """Keeps `value` on `gm` as a constant called after the weight `name`; returns its node."""
+    prefix, _, attribute = name.rpartition(".")
+    holder, path = _holder(gm, prefix)
+    stem = f"{attribute}_{suffix}" if path == prefix else f"{name.replace('.', '_')}_{suffix}"
+    kept = _attribute_for(holder, stem, value)
+    return gm.graph.get_attr(f"{path}.{kept}" if path else kept)
 
 
 def _attribute_for(holder: nn.Module, stem: str, value: Tensor) -> str:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .errors import ConfigError, PassError
-from .passes import Canonicalize, FactorizeLinear, FactorizePair, Lower, Record, Skip, run_passes
+from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, FactorizePair, Lower, Record, Skip, run_passes
 from .passes.factorize_linear import FULL_RANK
 from .passes.rewrite import Rewrite
 from .passes.weights import bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
@@ -32,6 +32,7 @@ MAX_VARIANTS = 256
 
 REQUIRES_GRAD = Skip("weight requires grad; call requires_grad_(False) or pifa_compiler.compact")
 UNVERSIONED = Skip("weight is an inference tensor, whose changes go unseen; create it outside of inference_mode")
+LIVE = Skip("weight belongs to a layer that may change")
 UPDATED = Skip("weight was changed after compilation")
 
 
@@ -199,10 +200,14 @@ class _Compiled:
         for node, tensor in weights.items():
             if (reason := self._reason_to_leave(tensor)) is not None:
                 withhold(node, reason)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if node not in weights:  # factors of a live layer: no binding would see them change
+                withhold(node, LIVE)
         rules: list[Rewrite] = [FactorizePair()]
         if self._settings.rank_check:
             rules.append(FactorizeLinear())
         self._record(run_passes(gm, rules))
+        self._record(run_passes(gm, [AbsorbOrder()]), fatal=False)
         after = linear_weights(gm)
         rewritten = {node for node, uses in before.items() if after.get(node, 0) < uses}
         bindings = tuple(

@@ -2,18 +2,29 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node, symbolic_trace
+from torch.fx import GraphModule, Node, symbolic_trace
 
+from .absorb import absorb_orders, layer_sites
 from .capture import Batch, capture
 from .checkpoint import describe_if_pretrained
 from .errors import CaptureError
 from .factors import PifaFactors, factorize, stored_numbers
 from .linear import PifaLinear
-from .linears import count_numbers, embedding_storages, is_plain_linear, replace_linear, weight_name, weight_of
+from .linears import (
+    count_numbers,
+    embedding_storages,
+    is_plain_linear,
+    module_at,
+    replace_linear,
+    uses_of_weights,
+    weight_name,
+    weight_of,
+)
 from .passes import Skip
 from .passes.factorize_linear import detect
 from .report import LayerReport, Report
@@ -39,6 +50,7 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
     _compact_chains(model, report)
     _compact_graph_pairs(model, example, report)
     _compact_singular(model, report)
+    _absorb_orders(model, example, report)
     place = {name: index for index, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda layer: place.get(layer.name, len(place)))
     report.params_after = count_numbers(model)
@@ -84,26 +96,20 @@ def _chain_of(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 def _compact_graph_pairs(model: nn.Module, example: Batch | None, report: Report) -> None:
     """Linears that follow each other in the model's graph: the first becomes the PIFA layer, the second an identity."""
-    call = example if example is not None else getattr(model, "dummy_inputs", None)
-    if call is None or not any(is_plain_linear(module) for module in model.modules()):
+    if not any(is_plain_linear(module) for module in model.modules()):
         return
-    try:
-        graph = capture(model, [call]).graph.graph
-    except CaptureError:
-        if example is not None:
-            raise
-        return  # the model's own dummy inputs do not fit its forward; nobody asked for them
+    captured = _capture(model, example, report)
+    if captured is None:
+        return
+    graph = captured.graph
     linears = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    uses: dict[str, int] = {}
-    for node in linears:
-        uses[weight_name(node)] = uses.get(weight_name(node), 0) + 1
+    uses = uses_of_weights(captured)
     for node in linears:
         inner = node.args[0]
         if not isinstance(inner, Node) or inner not in linears or len(inner.users) > 1:
             continue
         names = [weight_name(linear).removesuffix(".weight") for linear in (inner, node)]
-        modules = dict(model.named_modules())
-        first, second = (modules.get(name) for name in names)
+        first, second = (module_at(model, name) for name in names)
         once = uses[weight_name(inner)] == uses[weight_name(node)] == 1
         if not once or first is None or second is None or not (is_plain_linear(first) and is_plain_linear(second)):
             continue
@@ -112,6 +118,33 @@ def _compact_graph_pairs(model: nn.Module, example: Batch | None, report: Report
             bias = second.bias if isinstance(second.bias, Tensor) else None
             model.set_submodule(names[0], _layer(factors, bias, second).train(first.training))
             model.set_submodule(names[1], nn.Identity())
+
+
+def _absorb_orders(model: nn.Module, example: Batch | None, report: Report) -> None:
+    """Row orders go into the layers behind, where the model's graph is known."""
+    if not any(isinstance(module, PifaLinear) and module.order is not None for module in model.modules()):
+        return
+    captured = _capture(model, example, report)
+    absorbed = absorb_orders(model, layer_sites(captured)) if captured is not None else {}
+    for index, layer in enumerate(report.layers):
+        if layer.name in absorbed:
+            note = f"row order absorbed by {absorbed[layer.name]}"
+            report.layers[index] = replace(layer, notes=(*layer.notes, note))
+
+
+def _capture(model: nn.Module, example: Batch | None, report: Report) -> GraphModule | None:
+    """The model's graph; None, with a note in `report`, if there is nothing to call it with, or nobody asked and fails."""
+    call = example if example is not None else getattr(model, "dummy_inputs", None)
+    if call is None:
+        report.note("no example was given: pairs are looked for in modules only, and row orders stay")
+        return None
+    try:
+        return capture(model, [call]).graph
+    except CaptureError as error:
+        if example is not None:
+            raise
+        report.note(f"the model's own dummy_inputs do not fit its forward, so its graph was not searched: {error}")
+        return None
 
 
 def _compact_singular(model: nn.Module, report: Report) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from . import reconstruct
+from .absorb import absorb_orders, layer_sites
 from .capture import Batch, capture
 from .checkpoint import describe_if_pretrained
 from .errors import CalibrationError, CaptureError, ConfigError, RankError
-from .factors import PifaFactors, Pivoting, factorize, rank_for_density, stored_numbers
+from .factors import PifaFactors, Pivoting, factorize, factorize_jointly, rank_for_density, stored_numbers
 from .linears import (
     count_numbers,
     embedding_storages,
@@ -22,10 +23,11 @@ from .linears import (
     linears_in_order,
     module_at,
     replace_linear,
+    uses_of_weights,
     weight_name,
     weight_of,
 )
-from .passes import Canonicalize, FactorizeLinear, run_passes
+from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
 from .sweep import Group, Progress, Sweep
 
@@ -131,29 +133,34 @@ def compress(
     settings = reconstruct.Settings(config.mix, config.damping)
     layers: dict[str, LayerReport] = {report.name: report for report in skipped}
 
+    sites = layer_sites(captured.graph)
+    meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
+
     def solve(group: Group, statistics: reconstruct.Statistics) -> dict[Node, PifaFactors]:
-        solved = {}
+        solved: dict[Node, PifaFactors] = {}
         make_low_rank = method.prepare(statistics, settings)
-        for node in group.members:
-            target = targets[node]
-            if target.rank is None:
-                continue
-            low_rank = make_low_rank(target.weight.double(), target.rank)
-            factors = factorize(
-                (low_rank.u, low_rank.v),
-                rank=target.rank,
-                pivoting=config.pivoting,
-                gram=statistics.gram,
-                dtype=target.weight.dtype,
-            )
-            notes = low_rank.notes
-            if factors.rank < target.rank:
+        low_rank = {
+            node: make_low_rank(targets[node].weight.double(), rank)
+            for node in group.members
+            if (rank := targets[node].rank) is not None
+        }
+        for nodes in _sets_of_one_order(low_rank, targets, meeting):
+            pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
+            dtype = targets[nodes[0]].weight.dtype
+            if len(nodes) > 1:
+                made = factorize_jointly(pairs, gram=statistics.gram, dtype=dtype)
+            else:
+                rank = targets[nodes[0]].rank
+                made = [factorize(pairs[0], rank=rank, pivoting=config.pivoting, gram=statistics.gram, dtype=dtype)]
+            solved.update(zip(nodes, made, strict=True))
+        for node, factors in solved.items():
+            target, notes = targets[node], low_rank[node].notes
+            if target.rank is not None and factors.rank < target.rank:
                 notes += (f"rank lowered from {target.rank} to {factors.rank}: the solution has no more",)
             error = reconstruct.relative_error(target.weight, factors.dense(), statistics.gram)
             layers[target.name] = LayerReport.of_factors(
                 target.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
             )
-            solved[node] = factors
         return solved
 
     for target in targets.values():
@@ -167,6 +174,9 @@ def compress(
         sweep.run(solve, progress)
         report.activation_bytes = sweep.peak_bytes
         _replace(model, {weight_name(node): factors for node, factors in sweep.factors.items()})
+        for name, readers in absorb_orders(model, sites).items():
+            note = f"row order absorbed by {readers}"
+            layers[name] = replace(layers[name], notes=(*layers[name].notes, note))
     order = {name: index for index, name in enumerate(linears_in_order(captured.graph))}
     report.layers = sorted(layers.values(), key=lambda layer: order.get(layer.name, len(order)))
     report.params_after = count_numbers(model)
@@ -206,9 +216,7 @@ def _find_linears(
     nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     if not nodes:
         raise CaptureError(f"{type(model).__name__} has no dense linear layers left to compress")
-    uses: dict[str, int] = {}
-    for node in nodes:
-        uses[weight_name(node)] = uses.get(weight_name(node), 0) + 1
+    uses = uses_of_weights(graph)
     parameters = dict(graph.named_parameters(remove_duplicate=False))
     embedded = embedding_storages(model)
     head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
@@ -271,11 +279,25 @@ def _target(name: str, weight: Tensor, config: CompressConfig) -> _Target:
     return _Target(name, weight, rank)
 
 
+def _sets_of_one_order(
+    nodes: Iterable[Node], targets: Mapping[Node, _Target], meeting: Mapping[str, tuple[str, ...]]
+) -> list[tuple[Node, ...]]:
+    """The nodes of a group, those together whose outputs meet (gate and up) if all of them have one rank."""
+    sets: dict[tuple[str, ...], list[Node]] = {}
+    for node in nodes:
+        sets.setdefault(meeting.get(targets[node].name, (targets[node].name,)), []).append(node)
+    result: list[tuple[Node, ...]] = []
+    for names, members in sets.items():
+        together = len(members) == len(names) and len({targets[node].rank for node in members}) == 1
+        result += [tuple(members)] if together else [(node,) for node in members]
+    return result
+
+
 def _replace(model: nn.Module, factors: Mapping[str, PifaFactors]) -> None:
     """Puts PIFA layers where the weights named by `factors` were."""
     names = {weight: weight.removesuffix(".weight") for weight in factors}
     if isinstance(model, GraphModule) and not all(is_plain_linear(module_at(model, name)) for name in names.values()):
-        run_passes(model, [Canonicalize(), FactorizeLinear(factors)])
+        run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
         return
     for weight, found in factors.items():
         replace_linear(model, names[weight], found)

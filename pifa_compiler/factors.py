@@ -296,3 +296,21 @@ def _probe_error(
     got[pivots] = w_pivot.double() @ x
     got[others] = coeff.double() @ got[pivots]
     return float((got - wanted).norm() / wanted.norm())
+
+
+def factorize_jointly(weights, *, ranks=None, gram=None, dtype=None):  # TEMP
+    if len(weights) == 1:
+        return [factorize(weights[0], gram=gram, dtype=dtype)]
+    bases = [_column_space(u, v, None) for u, v in weights]
+    res = [b.clone() for b, _ in bases]; chosen = []
+    for _ in range(bases[0][0].shape[1]):
+        row = int(sum(r.square().sum(1).clamp(min=1e-300).log() for r in res).argmax())
+        for r in res:
+            d = r[row] / r[row].norm(); r -= torch.outer(r @ d, d); r[row] = 0
+        chosen.append(row)
+    p = torch.tensor(chosen).sort().values; others = torch.ones(bases[0][0].shape[0], dtype=torch.bool); others[p] = False
+    out = []
+    for b, m in bases:
+        c = torch.linalg.solve(b[p], b[others], left=False)
+        out.append(PifaFactors((b[p] @ m).to(dtype or weights[0][0].dtype), c.to(dtype or weights[0][0].dtype), p, FactorQuality(float(c.abs().max()), 0., 0.)))
+    return out

@@ -13,7 +13,8 @@ class PifaLinear(nn.Module):
     """A linear layer whose weight [out, in] of rank r is stored in PIFA form.
 
     It can be fine-tuned, moved, cast, copied and saved like any module. The state dict holds `w_pivot` [r, in],
-    `coeff` [out - r, r], `pivots` [r] (int32) and, if there is one, `bias` [out]; the row order follows from `pivots`.
+    `coeff` [out - r, r], `pivots` [r] (int32) and, if there is one, `bias` [out]; the row order follows from `pivots`:
+    it is None where the pivots are the first r rows, as they are where the next layer has absorbed it (`absorb_orders`).
 
     Args:
         in_features, out_features, rank: the shape; 1 <= rank <= min(in_features, out_features).
@@ -21,7 +22,7 @@ class PifaLinear(nn.Module):
         device, dtype: of the parameters, as in `nn.Linear`.
     """
 
-    order: Tensor
+    order: Tensor | None
     pivots: Tensor
 
     def __init__(
@@ -42,7 +43,7 @@ class PifaLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.register_buffer("pivots", torch.arange(rank, device=device, dtype=torch.int32))
-        self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        self.register_buffer("order", None, persistent=False)
 
     @classmethod
     def from_factors(cls, factors: PifaFactors, bias: Tensor | None = None, requires_grad: bool = True) -> "PifaLinear":
@@ -65,12 +66,18 @@ class PifaLinear(nn.Module):
 
     def restore_order(self) -> None:
         """Recomputes the row order from `pivots`; for loaders that fill the parameters without `load_state_dict`."""
-        self.order = row_order(self.pivots, self.out_features)
+        first = torch.arange(self.rank, dtype=self.pivots.dtype, device=self.pivots.device)
+        self.order = None if torch.equal(self.pivots, first) else self.row_order()
+
+    def row_order(self) -> Tensor:
+        """The gather index of `pifa::linear`, [out], int64, also where `order` is None."""
+        return row_order(self.pivots, self.out_features)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [out, in], put together anew at each read, for code that asks for its dtype or values."""
-        return torch.cat((self.w_pivot, self.coeff @ self.w_pivot))[self.order]
+        rows = torch.cat((self.w_pivot, self.coeff @ self.w_pivot))
+        return rows if self.order is None else rows[self.order]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -1,5 +1,7 @@
 """The linear layers of a model: where they are, in modules and in captured graphs, and how one is replaced."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -77,3 +79,9 @@ def linears_in_order(graph: GraphModule) -> list[str]:
     """Names of the layers whose weights the graph's linears read, in the order of their first use."""
     nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
+
+
+def uses_of_weights(graph: GraphModule) -> Counter[str]:
+    """How many linears of the graph, dense or in PIFA form, read each weight, by its state-dict name."""
+    targets = (torch.ops.aten.linear.default, torch.ops.pifa.linear.default)
+    return Counter(weight_name(node) for node in graph.graph.nodes if node.target in targets)

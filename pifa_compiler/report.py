@@ -70,6 +70,7 @@ class Report:
         params_before, params_after: parameters and row orders of the whole model, shared ones counted once.
         seconds: wall time.
         activation_bytes: largest store of calibration activations held at once.
+        notes: what was not tried, and why.
     """
 
     method: str
@@ -79,6 +80,12 @@ class Report:
     params_after: int = 0
     seconds: float = 0.0
     activation_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Adds to `notes` what is not there yet."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def density(self) -> float:
@@ -106,6 +113,7 @@ class Report:
             "params_after": self.params_after,
             "seconds": self.seconds,
             "activation_bytes": self.activation_bytes,
+            "notes": self.notes,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -119,4 +127,5 @@ class Report:
         for layer in self.skipped:
             reasons[str(layer.skipped)] = reasons.get(str(layer.skipped), 0) + 1
         lines += [f"  {count} left: {reason}" for reason, count in reasons.items()]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)

@@ -12,6 +12,7 @@ PACKAGE = "pifa_compiler"
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "cli", "cli_generate", "cli_inspect", "cli_print", "demo"},
     {"compress", "compact", "backend"},
+    {"absorb"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
     | {"pretrained", "calibration", "perplexity", "smollm2"},
     {"passes", "export"},

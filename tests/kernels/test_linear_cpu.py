@@ -1,0 +1,121 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pifa_compiler.kernels import linear_cpu, linear_ref
+
+pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear_cpu.load()))
+
+native = torch.ops.pifa.linear_cpu
+
+# Relative to the float64 reference: sums in float32, and half precisions round y_p (beyond few tokens) and y once.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def operands(d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    w_pivot, coeff = torch.randn(rank, d_in) / d_in**0.5, torch.randn(d_out - rank, rank) / rank**0.5
+    return w_pivot.to(dtype), coeff.to(dtype)
+
+
+def merge_order(d_out: int, rank: int) -> Tensor:
+    """The order of pivots and others that are each ascending, as `PifaFactors` has it."""
+    rows = torch.randperm(d_out)
+    return torch.argsort(torch.cat((rows[:rank].sort().values, rows[rank:].sort().values)))
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def inside_nan(values: Tensor) -> Tensor:
+    """The same values, contiguous, with NaN before and behind them in memory."""
+    storage = torch.full((values.numel() + 256,), float("nan"), dtype=values.dtype)
+    storage[128 : 128 + values.numel()] = values.flatten()
+    return storage[128 : 128 + values.numel()].view(values.shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 16, 17, 50])
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(64, 128, 32), (33, 65, 17), (100, 70, 70), (31, 96, 1), (5, 7, 3)])
+@pytest.mark.parametrize("kind", ["stored", "merge", "any"])
+def test_values_against_float64(kind: str, d_in: int, d_out: int, rank: int, tokens: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    order = {"stored": None, "merge": merge_order(d_out, rank), "any": torch.randperm(d_out)}[kind]
+    w_pivot, coeff = operands(d_in, d_out, rank, dtype)
+    x = torch.randn(tokens, d_in).to(dtype)
+    y = native(inside_nan(x), inside_nan(w_pivot), inside_nan(coeff), order)
+    assert y.dtype is dtype
+    wanted = linear_ref(x.double(), w_pivot.double(), coeff.double(), order)
+    assert relative_error(y, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_leading_dimensions_strides_and_empty_inputs(tokens: int):
+    w_pivot, coeff = operands(24, 40, 10, torch.float32)
+    order = merge_order(40, 10)
+    x = torch.randn(24, 2, tokens).permute(1, 2, 0)
+    y = native(x, w_pivot.t().contiguous().t(), coeff, order)
+    assert y.shape == (2, tokens, 40)
+    wanted = linear_ref(x.double(), w_pivot.double(), coeff.double(), order)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert native(x[:, :0], w_pivot, coeff, order).shape == (2, 0, 40)
+    assert native(x[0, 0], w_pivot, coeff, order).shape == (40,)
+
+
+def test_few_tokens_keep_y_p_in_float32():
+    torch.manual_seed(0)
+    w_pivot, coeff = operands(512, 512, 256, torch.bfloat16)
+    x = torch.randn(64, 512).bfloat16()
+    wanted = linear_ref(x.double(), w_pivot.double(), coeff.double())
+    few = torch.cat([native(part, w_pivot, coeff, None) for part in x.split(8)])
+    rounded_once = relative_error(wanted.bfloat16(), wanted)
+    assert relative_error(few, wanted) < 1.05 * rounded_once < relative_error(native(x, w_pivot, coeff, None), wanted)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(40, 23)}, "wanted x"),
+        ({"coeff": torch.randn(30, 9)}, "wanted coeff"),
+        ({"order": torch.arange(40).int()}, "order must be 40 contiguous int64"),
+        ({"order": torch.arange(39)}, "order must be 40 contiguous int64"),
+        ({"order": torch.arange(40) + 1}, "is no stored row"),
+        ({"coeff": torch.randn(30, 10).half()}, "one dtype"),
+    ],
+)
+def test_bad_arguments_are_refused(change: dict[str, Tensor], message: str, tokens: int):
+    w_pivot, coeff = operands(24, 40, 10, torch.float32)
+    arguments = {"x": torch.randn(40, 24), "w_pivot": w_pivot, "coeff": coeff, "order": merge_order(40, 10)} | change
+    arguments["x"] = arguments["x"][:tokens]
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        native(**arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_operator_is_sound_and_compiles(dynamic: bool):
+    w_pivot, coeff = operands(24, 40, 10, torch.float32)
+    order = merge_order(40, 10)
+    for tokens in (2, 40):
+        torch.library.opcheck(native, (torch.randn(tokens, 24), w_pivot, coeff, order))
+    compiled = torch.compile(lambda x: native(x, w_pivot, coeff, order).relu(), dynamic=dynamic)
+    for tokens in (2, 5, 40):
+        x = torch.randn(tokens, 24)
+        torch.testing.assert_close(compiled(x), native(x, w_pivot, coeff, order).relu())
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path):
+    code = (
+        "import torch._inductor.config as config; config.cpp.cxx = ('/no/such/compiler',)\n"
+        "from pifa_compiler.kernels import linear_cpu; print(linear_cpu.load())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, check=True, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert run.stdout.startswith("native code could not be built")
+    assert not list(tmp_path.rglob("*.so"))
