@@ -60,9 +60,7 @@ def load() -> str | None:
             log.info("building %s once for this machine; takes some 20 seconds", library)
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as partial:
-                builder = CppBuilder(
-                    name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir=partial
-                )
+                builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir=partial)
                 builder.build()
                 shutil.move(builder.get_target_file_path(), library)
         torch.ops.load_library(str(library))

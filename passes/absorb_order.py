@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
@@ -28,6 +28,10 @@ _ELEMENTWISE = {
     *("hardtanh", "hardsigmoid", "logsigmoid", "tanh", "sigmoid", "exp", "erf", "square", "sqrt", "abs", "neg"),
     *("add", "sub", "mul", "truediv", "div", "pow", "clamp", "dropout", "float", "to", "type_as", "contiguous"),
 }
+_ELEMENTWISE_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh),
+    *(nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout, nn.Identity),
+)
 _MOVES_NOTHING = (aten.dropout.default, aten.clone.default, aten._to_copy.default, aten.contiguous.default)
 
 
@@ -139,6 +143,9 @@ def _order_of(gm: GraphModule, source: Node) -> Tensor | None:
 
 
 def _is_elementwise(node: Node) -> bool:
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        module = node.graph.owning_module.get_submodule(str(node.target))
+        return type(module) in _ELEMENTWISE_MODULES and not getattr(module, "inplace", False)
     if node.op not in ("call_function", "call_method") or node.kwargs.get("inplace") or "out" in node.kwargs:
         return False
     if isinstance(node.target, torch._ops.OpOverload):

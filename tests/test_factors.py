@@ -5,11 +5,14 @@ import torch
 from graphs import low_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from pifa_compiler.errors import RankError
 from pifa_compiler.factors import (
     MAXVOL_BOUND,
+    _maxvol,
     factorize,
+    factorize_jointly,
     numerical_rank,
     rank_for_density,
     row_order,
@@ -158,3 +161,45 @@ def test_rank_for_density_refuses_a_density_outside_0_1(density):
 def test_rank_for_density_refuses_a_budget_without_room():
     with pytest.raises(RankError, match="no room for rank 1"):
         rank_for_density(10, 10, 0.1)
+
+
+@given(rows=st.integers(2, 24), rank=st.integers(1, 8), width=st.integers(1, 20), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_joint_factors_are_exact_and_share_one_order(rows: int, rank: int, width: int, seed: int):
+    torch.manual_seed(seed)
+    rank = min(rank, rows, width)
+    pairs = [(torch.randn(rows, rank).double(), torch.randn(rank, width).double()) for _ in range(2)]
+    first, second = factorize_jointly(pairs)
+    assert torch.equal(first.order(), second.order())
+    for (u, v), factors in zip(pairs, (first, second), strict=True):
+        assert factors.rank == rank
+        assert_close(factors.dense(), u @ v, rtol=1e-9, atol=1e-9)
+
+
+def test_joint_coefficients_stay_small():
+    torch.manual_seed(0)
+    decay = torch.logspace(0, -4, 60).double()
+    pairs = [(torch.randn(400, 60).double() * decay, torch.randn(60, 200).double()) for _ in range(2)]
+    # Nothing bounds them one by one; 3 is above what was seen for any weights, the first rows give some 100.
+    assert max(factors.quality.max_coeff for factors in factorize_jointly(pairs)) < 3
+
+
+def test_joint_factors_lower_all_to_the_least_rank_and_refuse_other_heights():
+    torch.manual_seed(0)
+    small = torch.randn(12, 3).double() @ torch.randn(3, 9).double()
+    large = torch.randn(12, 5).double() @ torch.randn(5, 9).double()
+    assert [factors.rank for factors in factorize_jointly([large, small])] == [3, 3]
+    with pytest.raises(RankError, match="must have as many rows"):
+        factorize_jointly([small, torch.randn(11, 9).double()])
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(30, 7), (200, 60), (90, 89), (50, 50)])
+def test_swaps_in_blocks_end_where_no_single_swap_helps(rows: int, rank: int):
+    torch.manual_seed(rows)
+    basis = torch.linalg.qr(torch.randn(rows, rank).double()).Q
+    start = torch.arange(rank)  # the first rows: many swaps to make
+    pivots = _maxvol([basis], start)
+    assert len(set(pivots.tolist())) == rank
+    coeff = torch.linalg.solve(basis[pivots], basis, left=False)
+    assert float(coeff.abs().max()) <= MAXVOL_BOUND * (1 + 1e-9)
+    assert torch.linalg.slogdet(basis[pivots])[1] >= torch.linalg.slogdet(basis[start])[1]

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
 from pifa_compiler.kernels import linear_cpu, linear_ref
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear_cpu.load()))
 
@@ -40,7 +39,9 @@ def inside_nan(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 16, 17, 50])
-@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(64, 128, 32), (33, 65, 17), (100, 70, 70), (31, 96, 1), (5, 7, 3)])
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "rank"), [(64, 128, 32), (33, 65, 17), (100, 70, 70), (31, 96, 1), (5, 7, 3)]
+)
 @pytest.mark.parametrize("kind", ["stored", "merge", "any"])
 def test_values_against_float64(kind: str, d_in: int, d_out: int, rank: int, tokens: int, dtype: torch.dtype):
     torch.manual_seed(0)

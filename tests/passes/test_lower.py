@@ -1,6 +1,7 @@
 import pytest
 import torch
 from graphs import Capture, call, op_counts
+from pifa_compiler.kernels import linear_cpu
 from pifa_compiler.passes import Lower, Skip, run_passes
 from pifa_compiler.passes.lower import Case
 from torch import Tensor, nn
@@ -48,11 +49,10 @@ def test_lower_builds_the_form_chosen_for_the_case(capture: Capture):
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        (Lower(), "plain subgraph: Inductor's code for it is the fastest form on a CPU"),
         (Lower(forms={}), "plain subgraph: there is no other form for cpu"),
         (Lower(gradients=True, forms={"cpu": lambda case: multiply_dense}), "plain subgraph: gradients are needed"),
     ],
-    ids=["cpu", "other-device", "gradients"],
+    ids=["other-device", "gradients"],
 )
 def test_lower_says_why_the_plain_subgraph_stays(rule: Lower, reason: str, capture: Capture):
     gm = capture(pifa_layer(), (torch.randn(3, 16),))
@@ -69,3 +69,27 @@ def test_lower_leaves_factors_of_unknown_shape():
     gm = torch.fx.symbolic_trace(Inputs())
     (record,) = run_passes(gm, [Lower()])
     assert record.outcome == Skip("plain subgraph: the shapes of the factors are unknown")
+
+
+def test_lower_takes_native_code_on_cpus_and_leaves_the_bias_to_what_follows(capture: Capture):
+    model, x = pifa_layer(), torch.randn(3, 16)
+    gm = capture(model, (x,))
+    run_passes(gm, [Lower()])
+    counts = op_counts(gm)
+    assert counts[pifa.linear_cpu.default] == counts[aten.add.Tensor] == 1
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_lower_keeps_the_plain_subgraph_in_dtypes_without_native_code(capture: Capture):
+    gm = capture(pifa_layer().double(), (torch.randn(3, 16).double(),))
+    (record,) = run_passes(gm, [Lower()])
+    assert record.outcome == Skip("plain subgraph: there is no native code for torch.float64")
+
+
+def test_lower_keeps_the_plain_subgraph_where_native_code_cannot_be_built(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(linear_cpu, "load", lambda: "no C++ compiler")
+    gm = capture(pifa_layer(), (torch.randn(3, 16),))
+    (record,) = run_passes(gm, [Lower()])
+    assert record.outcome == Skip("plain subgraph: no C++ compiler")
