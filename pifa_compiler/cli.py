@@ -3,14 +3,6 @@
 Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 interrupted.
 """
 
-import contextlib
-import functools
-import importlib
-import json
-import math
-import os
-import sys
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +10,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_print
+from . import cli_bench, cli_print
+from .cli_output import Json
+from .cli_output import print_json as _print_json
+from .cli_output import progress as _progress
+from .cli_output import work as _work
 from .errors import ConfigError, PifaError
 
 
@@ -64,7 +60,6 @@ Dtype = Annotated[
     typer.Option(help="auto (as stored), float32, bfloat16 or float16. Default: auto, for GGUF float32."),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let Python code that comes with MODEL run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
 
 
 def main() -> None:
@@ -247,6 +242,9 @@ def demo_verb(
         cli_print.demo(result, output)
 
 
+app.add_typer(cli_bench.app, name="bench")
+
+
 def _ranks(pairs: list[str]) -> dict[str, int]:
     """PATTERN=RANK, each, as a mapping."""
     ranks = {}
@@ -263,72 +261,3 @@ def _check_dtype(dtype: str | None) -> None:
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-
-
-@contextlib.contextmanager
-def _work(as_json: bool) -> Iterator[None]:
-    """Sends whatever libraries print to stderr, and keeps their progress bars away where they would be noise."""
-    with contextlib.ExitStack() as stack:
-        if as_json or not sys.stderr.isatty():
-            for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-                os.environ.setdefault(switch, "1")
-            stack.enter_context(_without_bars())
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Switches tqdm's bars off. Its environment variable comes too late: torch has imported it already."""
-    tqdm = importlib.import_module("tqdm").tqdm  # it has no type information
-    usual = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(usual, disable=True)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = usual
-
-
-@contextlib.contextmanager
-def _progress(title: str, as_json: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, for people; gives progress(done, total, what)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
-    )
-    hidden = as_json or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(title, total=None, what="")
-
-        def advance(done: int, total: int, what: str = "") -> None:
-            bar.update(task, completed=done, total=total, what=what)
-
-        yield advance
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(values), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON has no words for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

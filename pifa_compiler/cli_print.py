@@ -1,9 +1,10 @@
 """How results look in a terminal."""
 
 import json
+import math
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from .report import Report
 
 if TYPE_CHECKING:
+    from .bench import LayerRow, ModelRow
     from .cli_inspect import Inspection
     from .demo import DemoResult
 
@@ -110,6 +112,31 @@ def demo(result: "DemoResult", output: Path) -> None:
         ("PIFA", pifa.text),
     ]
     _print_rows(console, rows)
+
+
+def bench(rows: "Sequence[LayerRow | ModelRow]", columns: Sequence[str], origin: Mapping[str, str]) -> None:
+    """Medians and ratios, a line for each row; `columns` say what was measured, `origin` on what."""
+    table = Table(title="median milliseconds")
+    for title in (*columns, "dense", "low-rank", "plain PIFA", "PIFA", "/ low-rank", "/ dense", "calls"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        times = (f"{time:.3f}" for time in (row.dense_ms, row.lowrank_ms, row.plain_ms, row.pifa_ms))
+        ratios = (f"{row.pifa_over_lowrank:.3f}", f"{row.pifa_over_dense:.3f}")
+        table.add_row(*(str(getattr(row, column)) for column in columns), *times, *ratios, str(row.rounds))
+    console = _console()
+    console.print(table)
+    ratio = math.exp(sum(math.log(row.pifa_over_lowrank) for row in rows) / len(rows))
+    _print_rows(
+        console,
+        [
+            ("PIFA", f"{ratio:.3f} of the low-rank pair's time, geometric mean"),
+            ("machine", f"{origin['machine']}, {rows[0].threads} threads"),
+            (
+                "versions",
+                f"torch {origin['torch']}, pifa-compiler {origin['pifa_compiler']} {origin['commit']}".strip(),
+            ),
+        ],
+    )
 
 
 def folder_bytes(folder: Path) -> int:

@@ -38,3 +38,7 @@ class PassError(PifaError):
 
 class ExportError(PifaError):
     """A model cannot be written in the format asked for."""
+
+
+class BenchError(PifaError):
+    """A benchmark's variants compute different things, or its file of rows does not fit what would be appended."""
