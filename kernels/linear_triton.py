@@ -10,9 +10,10 @@ order is inverted in every call, beside the first product, so that no derived in
 Not timed on a GPU. What has been proven without one is listed in `benchmarks/results/kernels.md`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from triton import knobs
 
 from .linear_triton_decode import MAX_TOKENS, decode
@@ -85,22 +86,21 @@ def _tunes() -> bool:
 if (
     knobs.runtime.interpret
 ):  # an interpreted kernel runs on real tensors only, so nothing can trace through the operator
-    linear_triton = torch.library.custom_op("pifa::linear_triton", launch, mutates_args=())
+    linear_triton: Any = torch.library.custom_op("pifa::linear_triton", launch, mutates_args=())
 else:
     linear_triton = torch.library.triton_op("pifa::linear_triton", launch, mutates_args=())
 
 
-@linear_triton.register_fake
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
     _check(x, w_pivot, coeff, order, bias)
     return x.new_empty(*x.shape[:-1], w_pivot.shape[0] + coeff.shape[0])
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """By the plain subgraph; y_p is computed again."""
     x, w_pivot, coeff, order, bias = ctx.saved_tensors
     rank = w_pivot.shape[0]
@@ -114,4 +114,5 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_pivot @ w_pivot).reshape(x.shape), grad_pivot.T @ rows, grad_coeff, None, grad_bias
 
 
+linear_triton.register_fake(_shape)
 linear_triton.register_autograd(_gradients, setup_context=_save)
