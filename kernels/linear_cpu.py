@@ -1,7 +1,7 @@
 """The operator `pifa::linear_cpu`: `pifa::linear` in native code for CPUs (linear_cpu.cpp), built on first use.
 
-It takes what `pifa::linear` takes but a bias: adding one is left to whatever elementwise code follows. float32, bfloat16
-and float16; no gradients.
+It takes what `pifa::linear` takes but a bias: adding one is left to whatever elementwise code follows. float32,
+bfloat16 and float16; no gradients.
 
 Why native code, where ATen has GEMMs (one core with avx512, r = d/2): for 2 to 8 tokens ATen streams the weights at a
 third of the memory's rate; and in the plain subgraph Inductor copies y_p into the joint buffer and undoes the row order

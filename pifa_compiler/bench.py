@@ -16,7 +16,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from inspect import signature
@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .absorb import layer_sites
+from .capture import capture
 from .errors import BenchError, CaptureError, CheckpointError, ConfigError
 from .factors import FactorQuality, PifaFactors, rank_for_density
 from .linear import PifaLinear
@@ -419,21 +421,25 @@ def _random_model(config: "PretrainedConfig", plan: ModelPlan) -> "PreTrainedMod
     except ValueError as error:
         raise ConfigError(f"no causal language model can be made of it: {str(error).splitlines()[0]}") from error
     head = model.get_output_embeddings()
+    # As `compress` leaves a model: layers whose row order the next one can absorb have none.
+    sites = layer_sites(capture(model, [torch.zeros(1, 2, dtype=torch.int64)]).graph)
+    absorbed = {name for site in sites for name in site.sources}
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
-            _randomize_linear(model, name, module, plan)
+            _randomize_linear(model, name, module, plan, ordered=name in absorbed)
     model.init_weights()
     model.requires_grad_(False)
     return model.eval()
 
 
-def _randomize_linear(model: nn.Module, name: str, module: nn.Linear, plan: ModelPlan) -> None:
-    """Random factors for one linear. Layers that are to share a row order would get it here."""
+def _randomize_linear(model: nn.Module, name: str, module: nn.Linear, plan: ModelPlan, *, ordered: bool) -> None:
+    """Random factors for one linear; `ordered`: the pivots are its first rows, so that there is no row order."""
     d_out, d_in = module.weight.shape
     rank = rank_for_density(d_out, d_in, plan.density, multiple=plan.rank_multiple)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-    replace_linear(model, name, _random_factors(d_out, d_in, rank, module.weight.dtype))
+    factors = _random_factors(d_out, d_in, rank, module.weight.dtype)
+    replace_linear(model, name, replace(factors, pivots=torch.arange(rank)) if ordered else factors)
 
 
 def model_variants(model: "PreTrainedModel") -> dict[str, "PreTrainedModel"]:

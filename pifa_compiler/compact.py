@@ -133,7 +133,7 @@ def _absorb_orders(model: nn.Module, example: Batch | None, report: Report) -> N
 
 
 def _capture(model: nn.Module, example: Batch | None, report: Report) -> GraphModule | None:
-    """The model's graph; None, with a note in `report`, if there is nothing to call it with, or nobody asked and fails."""
+    """The model's graph; None, with a note in `report`, if there is nothing to call it with that fits."""
     call = example if example is not None else getattr(model, "dummy_inputs", None)
     if call is None:
         report.note("no example was given: pairs are looked for in modules only, and row orders stay")

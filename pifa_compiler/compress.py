@@ -38,13 +38,14 @@ class CompressConfig:
 
     Attributes:
         density: stored numbers (row orders included) over dense numbers, of the linears that are compressed, in (0, 1];
-            never exceeded, neither in total nor in a layer. At 1 nothing is changed.
+            never exceeded in total; a layer may exceed it by one `rank_multiple`. At 1 nothing is changed.
         method: how weights are made low-rank, a name in `reconstruct.METHODS`.
         mix: f in [0, 1]: the share of the dense model's inputs in M's target Y = (1 - f) W X_u + f W X_o.
         damping: regularisation of `optimal`, as a multiple of the mean diagonal of the Gram matrix.
         ranks: ranks by name pattern (`fnmatch`; the first that matches counts); such layers do not follow `density`.
         skip: name patterns of linears to leave dense; they do not count for the density.
-        rank_multiple: ranks are rounded down to a multiple of this, since matrix units are faster there; 1 is exact.
+        rank_multiple: ranks are rounded down to a multiple of this, since matrix units are faster there, and
+            the numbers this saves go to other layers; 1 is exact.
         pivoting: how pivot rows are chosen, "lu" or "qr" (see `factorize`).
 
     Raises:
@@ -129,12 +130,12 @@ def compress(
     captured = capture(model, calls)
     found, skipped = _find_linears(model, captured.graph, config)
     targets = {node: _target(name, weight, config) for node, (name, weight) in found.items()}
+    sites = layer_sites(captured.graph)
+    meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
+    targets = _spend_remainder(targets, config, meeting)
     method = reconstruct.METHODS[config.method]
     settings = reconstruct.Settings(config.mix, config.damping)
     layers: dict[str, LayerReport] = {report.name: report for report in skipped}
-
-    sites = layer_sites(captured.graph)
-    meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
 
     def solve(group: Group, statistics: reconstruct.Statistics) -> dict[Node, PifaFactors]:
         solved: dict[Node, PifaFactors] = {}
@@ -277,6 +278,43 @@ def _target(name: str, weight: Tensor, config: CompressConfig) -> _Target:
     if stored_numbers(d_out, d_in, rank) >= d_out * d_in:
         return _Target(name, weight, None, f"PIFA at rank {rank} would not be smaller than the dense weight")
     return _Target(name, weight, rank)
+
+
+def _spend_remainder(
+    targets: Mapping[Node, _Target], config: CompressConfig, meeting: Mapping[str, tuple[str, ...]]
+) -> dict[Node, _Target]:
+    """Gives what rounding ranks down has left of the budget to other layers, by steps of `rank_multiple`.
+
+    Those that rounding took most from come first. Layers whose outputs meet keep one rank, so they rise together.
+    """
+    result, sets = dict(targets), dict[tuple[str, ...], list[Node]]()
+    left = 0
+    for node, target in targets.items():
+        follows = target.rank is not None and not any(fnmatchcase(target.name, pattern) for pattern in config.ranks)
+        if target.rank is None or not follows:
+            continue
+        d_out, d_in = target.weight.shape
+        left += int(config.density * d_out * d_in) - stored_numbers(d_out, d_in, target.rank)
+        sets.setdefault(meeting.get(target.name, (target.name,)), []).append(node)
+
+    def loss(nodes: list[Node]) -> float:
+        (d_out, d_in), rank = targets[nodes[0]].weight.shape, targets[nodes[0]].rank or 0
+        return 1 - rank / rank_for_density(d_out, d_in, config.density)
+
+    for nodes in sorted(sets.values(), key=loss, reverse=True):
+        raised = {}
+        cost = 0
+        for node in nodes:
+            target = targets[node]
+            (d_out, d_in), rank = target.weight.shape, target.rank or 0
+            raised[node] = replace(target, rank=rank + config.rank_multiple)
+            more = stored_numbers(d_out, d_in, rank + config.rank_multiple)
+            fits = rank % config.rank_multiple == 0 and rank + config.rank_multiple <= min(d_out, d_in)
+            cost += more - stored_numbers(d_out, d_in, rank) if fits and more < d_out * d_in else left + 1
+        if cost <= left:
+            result.update(raised)
+            left -= cost
+    return result
 
 
 def _sets_of_one_order(

@@ -164,7 +164,7 @@ def factorize_jointly(
     was below 3.
 
     Args:
-        weights: each as in `factorize`, all with the same number of rows. All get the smallest of their numerical ranks.
+        weights: each as in `factorize`, all with as many rows. All get the smallest of their numerical ranks.
         gram, dtype: as in `factorize`; `gram` is that of the input they share.
 
     Raises:

@@ -14,7 +14,7 @@ class PifaLinear(nn.Module):
 
     It can be fine-tuned, moved, cast, copied and saved like any module. The state dict holds `w_pivot` [r, in],
     `coeff` [out - r, r], `pivots` [r] (int32) and, if there is one, `bias` [out]; the row order follows from `pivots`:
-    it is None where the pivots are the first r rows, as they are where the next layer has absorbed it (`absorb_orders`).
+    it is None where the pivots are the first r rows, as they are once the next layer absorbed it (`absorb_orders`).
 
     Args:
         in_features, out_features, rank: the shape; 1 <= rank <= min(in_features, out_features).

@@ -348,3 +348,13 @@ def test_an_interrupt_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         pc.compress(model, mlp_batches(), progress=stop)
     assert [type(layer) for layer in model][::2] == [nn.Linear] * 3
+
+
+def test_what_rounding_the_ranks_leaves_goes_to_other_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(6)))
+    report = pc.compress(model, [torch.randn(200, 100)], pc.CompressConfig(density=0.5, rank_multiple=16))
+    ranks = sorted(layer.rank for layer in report.factorized)
+    # 29 rows fit into half of 100 x 100 numbers; rounded down to 16 they leave room for three layers at 32.
+    assert ranks == [16, 16, 16, 32, 32, 32]
+    assert report.density <= 0.5
