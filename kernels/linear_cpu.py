@@ -30,9 +30,11 @@ _LIBRARY = torch.library.Library("pifa", "FRAGMENT")
 _LIBRARY.define("linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order) -> Tensor")
 
 
-@torch.library.register_fake("pifa::linear_cpu", lib=_LIBRARY)
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], w_pivot.shape[0] + coeff.shape[0])
+
+
+torch.library.register_fake("pifa::linear_cpu", _shape, lib=_LIBRARY)
 
 
 @functools.cache

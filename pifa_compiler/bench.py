@@ -45,7 +45,7 @@ BACKENDS = {"dense": "inductor", "lowrank": "inductor", "plain": "inductor", "pi
 LEAST_ROUNDS = 5
 """Every median is one of at least so many calls."""
 
-BUILT_IN = {
+BUILT_IN: Mapping[str, dict[str, Any]] = {
     "llama-16x2048": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,
@@ -265,7 +265,7 @@ def layer_variants(factors: PifaFactors, bias: Tensor | None = None) -> dict[str
 def _dense_linear(layer: PifaLinear) -> nn.Linear:
     """The layer's weight put together in float64, as one linear."""
     w_pivot, coeff = layer.w_pivot.double(), layer.coeff.double()
-    weight = torch.cat((w_pivot, coeff @ w_pivot))[layer.order].to(layer.w_pivot.dtype)
+    weight = torch.cat((w_pivot, coeff @ w_pivot))[layer.row_order()].to(layer.w_pivot.dtype)
     return _linear(weight, layer.bias)
 
 
@@ -278,7 +278,7 @@ def _pair(layer: PifaLinear) -> nn.Sequential:
     axis = torch.randn(layer.rank, 1, dtype=torch.float64)
     axis /= axis.norm()
     eye = torch.eye(layer.rank, dtype=torch.float64)
-    u = torch.cat((eye - 2 * axis @ axis.T, coeff - 2 * (coeff @ axis) @ axis.T))[layer.order]
+    u = torch.cat((eye - 2 * axis @ axis.T, coeff - 2 * (coeff @ axis) @ axis.T))[layer.row_order()]
     v = w_pivot - 2 * axis @ (axis.T @ w_pivot)
     dtype = layer.w_pivot.dtype
     return nn.Sequential(_linear(v.to(dtype), None), _linear(u.to(dtype), layer.bias))
@@ -429,7 +429,8 @@ def _random_model(config: "PretrainedConfig", plan: ModelPlan) -> "PreTrainedMod
             _randomize_linear(model, name, module, plan, ordered=name in absorbed)
     model.init_weights()
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _randomize_linear(model: nn.Module, name: str, module: nn.Linear, plan: ModelPlan, *, ordered: bool) -> None:

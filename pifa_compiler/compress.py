@@ -288,6 +288,8 @@ def _spend_remainder(
     Those that rounding took most from come first. Layers whose outputs meet keep one rank, so they rise together.
     """
     result, sets = dict(targets), dict[tuple[str, ...], list[Node]]()
+    if config.rank_multiple == 1:
+        return result  # exact ranks leave less than a row each
     left = 0
     for node, target in targets.items():
         follows = target.rank is not None and not any(fnmatchcase(target.name, pattern) for pattern in config.ranks)

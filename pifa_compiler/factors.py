@@ -296,7 +296,8 @@ def _choose_pivots(basis: Tensor, pivoting: Pivoting) -> Tensor:
 
 def _lu_rows(basis: Tensor) -> Tensor:
     """The rows that an LU decomposition with row pivoting takes its pivots from."""
-    return torch.linalg.lu(basis).P.argmax(dim=0)[: basis.shape[1]]
+    permutation: Tensor = torch.linalg.lu(basis).P.argmax(dim=0)
+    return permutation[: basis.shape[1]]
 
 
 def _greedy_rows(basis: Tensor) -> Tensor:

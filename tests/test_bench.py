@@ -100,6 +100,7 @@ def test_threads_are_as_before_after_a_refusal(monkeypatch: pytest.MonkeyPatch) 
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model_passes_the_check_in_both_phases(config: Path) -> None:
     rows = list(model_rows(str(config), TINY))
     assert [(row.phase, row.tokens, row.layers) for row in rows] == [("prefill", 5, 1), ("decode", 4, 1)]

@@ -160,7 +160,8 @@ def test_the_density_is_never_exceeded(density, multiple):
         module = model.get_submodule(layer.name)
         numbers = module.w_pivot.numel() + module.coeff.numel() + module.pivots.numel()
         assert numbers == layer.stored_after == stored_numbers(*layer.shape, layer.rank)
-        assert numbers <= density * layer.stored_before
+        if multiple == 1:  # rounded ranks leave numbers that other layers get
+            assert numbers <= density * layer.stored_before
         stored += numbers - layer.stored_before
     assert report.params_before == before
     assert report.params_after == before + stored
@@ -355,6 +356,6 @@ def test_what_rounding_the_ranks_leaves_goes_to_other_layers():
     model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(6)))
     report = pc.compress(model, [torch.randn(200, 100)], pc.CompressConfig(density=0.5, rank_multiple=16))
     ranks = sorted(layer.rank for layer in report.factorized)
-    # 29 rows fit into half of 100 x 100 numbers; rounded down to 16 they leave room for three layers at 32.
-    assert ranks == [16, 16, 16, 32, 32, 32]
+    # 29 rows fit into half of 100 x 100 numbers; rounded down to 16 they leave room for five layers at 32.
+    assert ranks == [16, 32, 32, 32, 32, 32]
     assert report.density <= 0.5

@@ -46,7 +46,7 @@ def test_perplexity_is_that_of_the_same_model_as_pairs(compressed):
     pifa = {layer.name: model.get_submodule(layer.name) for layer in report.factorized}
     try:
         for name, layer in pifa.items():
-            rows = torch.cat((torch.eye(layer.rank), layer.coeff.detach()))[layer.order].double()
+            rows = torch.cat((torch.eye(layer.rank), layer.coeff.detach()))[layer.row_order()].double()
             q, r = torch.linalg.qr(rows)
             u, v = (
                 nn.Linear(layer.rank, layer.out_features, bias=False),
