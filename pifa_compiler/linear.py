@@ -43,7 +43,7 @@ class PifaLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.register_buffer("pivots", torch.arange(rank, device=device, dtype=torch.int32))
-        self.register_buffer("order", None, persistent=False)
+        self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
 
     @classmethod
     def from_factors(cls, factors: PifaFactors, bias: Tensor | None = None, requires_grad: bool = True) -> "PifaLinear":
