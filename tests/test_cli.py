@@ -65,7 +65,14 @@ def run_python(*arguments: object) -> "subprocess.Popen[str]":
     """Starts another Python on these arguments, offline."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in background jobs
+    )
 
 
 def finished(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

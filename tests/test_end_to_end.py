@@ -11,6 +11,7 @@ from torch import nn
 import pifa_compiler as pc
 from pifa_compiler.calibration import calibration_batches, evaluation_batches
 from pifa_compiler.cli_generate import compile_step, generate, prompt_tokens
+from pifa_compiler.factors import rank_for_density
 from pifa_compiler.linears import count_numbers
 from pifa_compiler.perplexity import perplexity
 from pifa_compiler.pretrained import load_model, load_tokenizer
@@ -32,7 +33,9 @@ def test_the_report_is_true_of_the_model(compressed):
     assert len(report.factorized) == 210
     assert [layer.name for layer in report.skipped] == ["lm_head"]
     assert report.density <= 0.7
-    assert all(layer.stored_after <= 0.7 * layer.stored_before for layer in report.factorized)
+    for layer in report.factorized:  # a layer may exceed the density by one rank_multiple, paid for by the others
+        d_out, d_in = layer.shape
+        assert layer.rank <= rank_for_density(d_out, d_in, 0.7) + 16, layer.name
     assert report.params_before == 134_515_008
     assert report.params_after == count_numbers(model)
     assert max(layer.quality.max_coeff for layer in report.factorized) < 1.1
