@@ -2,15 +2,19 @@
 //
 //     y_p = x w_pivot^T        y_n = y_p coeff^T        y = [y_p, y_n][order]
 //
+// pifa::linear_siblings_cpu: several such layers on one x (query, key and value; gate and up) in one go.
+//
 // Few tokens: both products stream the weights once, each row of them used for all tokens, with float32 sums and a
-// float32 y_p; results go straight to their output rows. ATen's GEMMs reach half of the memory's rate there.
-// Many tokens: ATen's GEMMs write the two parts of one output buffer, and every token's row is then put into order in
-// place, while it is in the first-level cache.
+// float32 y_p; results go straight to their output rows. ATen's GEMMs reach half of the memory's rate there. Siblings
+// share one parallel region a product: with small weights that is most of the time.
+// Many tokens: ATen's GEMMs write the two parts of one output buffer, and every token's row is then put into order,
+// while it is in the first-level cache. Small siblings get their y_p from one GEMM over the joint pivot rows.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/util/Unroll.h>
@@ -18,7 +22,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -26,10 +32,14 @@ namespace {
 using at::Tensor;
 using Floats = at::vec::Vectorized<float>;
 
-// Above so many tokens ATen's GEMMs are faster (measured with MKL and oneDNN on avx512 without bf16 units).
+// Above so many tokens ATen's GEMMs are faster (measured with MKL and oneDNN on avx512).
 constexpr int64_t kFewTokensFloat = 8, kFewTokensHalf = 16;
 constexpr int64_t kRowsAtOnce = 4, kTokensAtOnce = 4;  // 16 sums, 4 rows and 1 token fill 21 of 32 vector registers
-constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kLeastRowsPerTask = 16;
+
+// Joining the siblings' pivot rows costs a copy of them in every call. It pays where a GEMM of each one's own would be
+// too narrow to be fast and the copy is small beside it.
+constexpr int64_t kJoinedNumbers = 1 << 20, kJoinedTokens = 256;
 
 inline Floats load_floats(const float* from) { return Floats::loadu(from); }
 
@@ -41,6 +51,32 @@ inline Floats load_floats(const T* from) {
 // By value: a reference to an accumulator would keep it out of the registers.
 inline float sum(Floats values) {
   return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return a + b; }, values);
+}
+
+// result[i] = the sum of the lanes of sums[i]
+template <int Count>
+inline void sum_each(const Floats* sums, float* result) {
+#if defined(__AVX512F__)
+  // 16 sums together: four rounds, each adding up neighbours and halving the number of vectors.
+  if constexpr (Count == 16) {
+    __m512 lanes[16];
+    c10::ForcedUnroll<16>{}([&](auto i) { lanes[i] = sums[i]; });
+    c10::ForcedUnroll<8>{}([&](auto i) {
+      const __m512 a = lanes[2 * i], b = lanes[2 * i + 1];
+      lanes[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    });
+    c10::ForcedUnroll<4>{}([&](auto i) {
+      const __m512d a = _mm512_castps_pd(lanes[2 * i]), b = _mm512_castps_pd(lanes[2 * i + 1]);
+      lanes[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    });
+    const auto join = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    _mm512_storeu_ps(result, join(join(lanes[0], lanes[1]), join(lanes[2], lanes[3])));
+    return;
+  }
+#endif
+  c10::ForcedUnroll<Count>{}([&](auto i) { result[i] = sum(sums[i]); });
 }
 
 // result[t][i] = x[t] . weight[i] for Tokens rows of x and Rows rows of the weight, both `width` long.
@@ -56,70 +92,140 @@ inline void dot_products(const T* weight, const float* x, int64_t width, float* 
       c10::ForcedUnroll<Rows>{}([&](auto i) { sums[t * Rows + i] = at::vec::fmadd(row[i], token, sums[t * Rows + i]); });
     });
   }
-  c10::ForcedUnroll<Tokens * Rows>{}([&](auto i) { result[i] = sum(sums[i]); });
+  sum_each<Tokens * Rows>(sums, result);
   for (; k < width; k++)
     for (int t = 0; t < Tokens; t++)
       for (int i = 0; i < Rows; i++) result[t * Rows + i] += float(weight[i * width + k]) * x[t * width + k];
 }
 
-template <int Tokens, typename T, typename Store>
-inline void rows_times_tokens(const T* weight, int64_t begin, int64_t end, const float* x, int64_t width, Store store) {
-  float result[Tokens * kRowsAtOnce];
-  int64_t n = begin;
-  for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) {
-    dot_products<kRowsAtOnce, Tokens>(weight + n * width, x, width, result);
-    for (int t = 0; t < Tokens; t++)
-      for (int i = 0; i < kRowsAtOnce; i++) store(t, n + i, result[t * kRowsAtOnce + i]);
+// store(t, n, x[t] . weight[n]) for rows n to n + Rows of the weight, which stay in the first-level cache for all tokens.
+template <int Rows, typename T, typename Store>
+inline void rows_times_tokens(const T* weight, int64_t n, const float* x, int64_t tokens, int64_t width, Store store) {
+  float result[kTokensAtOnce * Rows];
+  const auto put = [&](int64_t first, int64_t count) {
+    for (int64_t t = 0; t < count; t++)
+      for (int i = 0; i < Rows; i++) store(first + t, n + i, result[t * Rows + i]);
+  };
+  const T* rows = weight + n * width;
+  int64_t t = 0;
+  for (; t + kTokensAtOnce <= tokens; t += kTokensAtOnce) {
+    dot_products<Rows, kTokensAtOnce>(rows, x + t * width, width, result);
+    put(t, kTokensAtOnce);
   }
-  for (; n < end; n++) {
-    dot_products<1, Tokens>(weight + n * width, x, width, result);
-    for (int t = 0; t < Tokens; t++) store(t, n, result[t]);
+  switch (tokens - t) {
+    case 1: dot_products<Rows, 1>(rows, x + t * width, width, result); break;
+    case 2: dot_products<Rows, 2>(rows, x + t * width, width, result); break;
+    case 3: dot_products<Rows, 3>(rows, x + t * width, width, result); break;
   }
+  put(t, tokens - t);
 }
 
-// store(t, n, x[t] . weight[n]) for all tokens and all `count` rows of the weight [count, width].
+// A product of x [tokens, width] and a weight [rows, width]; `store` takes (token, row, value).
 template <typename T, typename Store>
-void stream(const T* weight, int64_t count, const float* x, int64_t tokens, int64_t width, Store store) {
-  const int64_t tasks = (count + kRowsPerTask - 1) / kRowsPerTask;
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+struct Product {
+  const T* weight;
+  int64_t rows, width;
+  const float* x;
+  Store store;
+};
+
+// All products, in one parallel region.
+template <typename T, typename Store>
+void stream(const std::vector<Product<T, Store>>& products, int64_t tokens) {
+  int64_t rows = 0;
+  for (const auto& product : products) rows += product.rows;
+  const int64_t share = rows / (4 * at::get_num_threads()) / kRowsAtOnce * kRowsAtOnce;
+  const int64_t at_once = std::max(kLeastRowsPerTask, share);
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // product, first row
+  for (size_t i = 0; i < products.size(); i++)
+    for (int64_t begin = 0; begin < products[i].rows; begin += at_once) tasks.emplace_back(i, begin);
+  at::parallel_for(0, tasks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; task++) {
-      const int64_t begin = task * kRowsPerTask, end = std::min(count, begin + kRowsPerTask);
-      int64_t t = 0;
-      const auto from = [&](int64_t token, int64_t n, float value) { store(t + token, n, value); };
-      for (; t + kTokensAtOnce <= tokens; t += kTokensAtOnce)
-        rows_times_tokens<kTokensAtOnce>(weight, begin, end, x + t * width, width, from);
-      switch (tokens - t) {
-        case 1: rows_times_tokens<1>(weight, begin, end, x + t * width, width, from); break;
-        case 2: rows_times_tokens<2>(weight, begin, end, x + t * width, width, from); break;
-        case 3: rows_times_tokens<3>(weight, begin, end, x + t * width, width, from); break;
-      }
+      const auto& product = products[tasks[task].first];
+      int64_t n = tasks[task].second;
+      const int64_t end = std::min(product.rows, n + at_once);
+      for (; n + kRowsAtOnce <= end; n += kRowsAtOnce)
+        rows_times_tokens<kRowsAtOnce>(product.weight, n, product.x, tokens, product.width, product.store);
+      for (; n < end; n++) rows_times_tokens<1>(product.weight, n, product.x, tokens, product.width, product.store);
     }
   });
 }
 
-template <typename T>
-void few_tokens(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff, const int64_t* order, Tensor& y) {
-  const int64_t tokens = x.size(0), d_in = x.size(1), rank = w_pivot.size(0), d_out = y.size(1);
-  std::vector<int32_t> place(d_out);  // of every stored row: the inverse of order
+// One layer: its weights, made contiguous, and its result [tokens, d_out].
+struct Layer {
+  Tensor w_pivot, coeff;
+  std::optional<Tensor> order;
+  Tensor y;
+
+  int64_t rank() const { return w_pivot.size(0); }
+  int64_t d_out() const { return y.size(1); }
+  const int64_t* gather() const { return order ? order->const_data_ptr<int64_t>() : nullptr; }
+};
+
+// The output row of every stored row: the inverse of the order.
+std::vector<int32_t> output_rows(const Layer& layer) {
+  const int64_t d_out = layer.d_out();
+  const int64_t* order = layer.gather();
+  std::vector<int32_t> place(d_out);
   for (int64_t j = 0; j < d_out; j++) {
     TORCH_CHECK_INDEX(!order || (order[j] >= 0 && order[j] < d_out), "order[", j, "] is no stored row");
     place[order ? order[j] : j] = j;
   }
-  const int32_t* rows = place.data();
-  std::vector<float> scratch(tokens * (d_in + rank));
-  float *wide = scratch.data(), *y_pivot = wide + tokens * d_in;
-  const T* given = x.const_data_ptr<T>();
-  for (int64_t i = 0; i < tokens * d_in; i++) wide[i] = float(given[i]);
-  T* out = y.mutable_data_ptr<T>();
-  const auto put = [=](int64_t t, int64_t stored, float value) {
-    out[t * d_out + rows[stored]] = T(value);
-  };
-  stream(w_pivot.const_data_ptr<T>(), rank, wide, tokens, d_in, [=](int64_t t, int64_t n, float value) {
+  return place;
+}
+
+template <typename T>
+struct StorePivots {
+  float* y_pivot;  // [tokens, rank], kept in float32 for the second product
+  int64_t rank;
+  T* y;
+  int64_t d_out;
+  const int32_t* place;
+
+  void operator()(int64_t t, int64_t n, float value) const {
     y_pivot[t * rank + n] = value;
-    put(t, n, value);
-  });
-  stream(coeff.const_data_ptr<T>(), d_out - rank, y_pivot, tokens, rank,
-         [=](int64_t t, int64_t n, float value) { put(t, rank + n, value); });
+    y[t * d_out + place[n]] = T(value);
+  }
+};
+
+template <typename T>
+struct StoreOthers {
+  T* y;
+  int64_t d_out;
+  const int32_t* place;
+
+  void operator()(int64_t t, int64_t n, float value) const { y[t * d_out + place[n]] = T(value); }
+};
+
+template <typename T>
+void few_tokens(const Tensor& x, std::vector<Layer>& layers) {
+  const int64_t tokens = x.size(0), d_in = x.size(1);
+  int64_t ranks = 0;
+  for (const Layer& layer : layers) ranks += layer.rank();
+  std::vector<float> scratch(tokens * (ranks + (std::is_same_v<T, float> ? 0 : d_in)));
+  float* y_pivot = scratch.data();
+  const float* wide;
+  if constexpr (std::is_same_v<T, float>) {
+    wide = x.const_data_ptr<float>();
+  } else {
+    float* converted = scratch.data() + tokens * ranks;
+    const T* given = x.const_data_ptr<T>();
+    for (int64_t i = 0; i < tokens * d_in; i++) converted[i] = float(given[i]);
+    wide = converted;
+  }
+  std::vector<std::vector<int32_t>> places;
+  std::vector<Product<T, StorePivots<T>>> pivots;
+  std::vector<Product<T, StoreOthers<T>>> others;
+  for (const Layer& layer : layers) {
+    const int64_t rank = layer.rank(), d_out = layer.d_out();
+    T* y = layer.y.mutable_data_ptr<T>();
+    const int32_t* place = places.emplace_back(output_rows(layer)).data();
+    pivots.push_back({layer.w_pivot.const_data_ptr<T>(), rank, d_in, wide, {y_pivot, rank, y, d_out, place}});
+    others.push_back({layer.coeff.const_data_ptr<T>(), d_out - rank, rank, y_pivot, {y, d_out, place + rank}});
+    y_pivot += tokens * rank;
+  }
+  stream(pivots, tokens);
+  stream(others, tokens);
 }
 
 // How [y_p, y_n] becomes y. Pivots and others are each in ascending order, so y is the merge of two runs, one bit an
@@ -184,16 +290,24 @@ inline int64_t merge(const T*, T*, int64_t, int64_t, const RowOrder&) {
 }
 #endif
 
+// Puts every row of y, which holds [anything, y_n], into order; y_p is in `y_pivot` [tokens, rank], of any row stride.
 template <typename T>
-void restore_order(Tensor& y, const RowOrder& order, int64_t rank) {
-  const int64_t d_out = y.size(1);
+void restore_order(const Tensor& y_pivot, Tensor& y, const int64_t* gather) {
+  const int64_t d_out = y.size(1), rank = y_pivot.size(1), stride = y_pivot.stride(0);
+  const T* pivots = y_pivot.const_data_ptr<T>();
   T* values = y.mutable_data_ptr<T>();
+  const bool apart = pivots != values;
+  if (!gather && !apart) return;
+  std::optional<RowOrder> order;
+  if (gather) order.emplace(gather, rank, d_out);
   at::parallel_for(0, y.size(0), 16, [&](int64_t begin, int64_t end) {
     std::vector<T> stored(d_out + 64);  // what an expanding load may touch past the end is there
     for (int64_t t = begin; t < end; t++) {
       T* out = values + t * d_out;
-      std::memcpy(stored.data(), out, d_out * sizeof(T));
-      gather_rest(stored.data(), out, merge(stored.data(), out, rank, d_out, order), d_out, order);
+      std::memcpy(order ? stored.data() : out, pivots + t * stride, rank * sizeof(T));
+      if (!order) continue;
+      std::memcpy(stored.data() + rank, out + rank, (d_out - rank) * sizeof(T));
+      gather_rest(stored.data(), out, merge(stored.data(), out, rank, d_out, *order), d_out, *order);
     }
   });
 }
@@ -208,7 +322,31 @@ void by_dtype(at::ScalarType dtype, F run) {
   }
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff, const std::optional<Tensor>& order) {
+void many_tokens(const Tensor& x, std::vector<Layer>& layers) {
+  int64_t ranks = 0;
+  for (const Layer& layer : layers) ranks += layer.rank();
+  const bool join = layers.size() > 1 && x.size(0) >= kJoinedTokens && ranks * x.size(1) <= kJoinedNumbers;
+  Tensor joined;
+  if (join) {
+    std::vector<Tensor> w_pivots;
+    for (const Layer& layer : layers) w_pivots.push_back(layer.w_pivot);
+    joined = at::mm(x, at::cat(w_pivots).t());
+  }
+  int64_t begin = 0;
+  for (Layer& layer : layers) {
+    const int64_t rank = layer.rank(), others = layer.d_out() - rank;
+    Tensor y_pivot = join ? joined.narrow(1, begin, rank) : layer.y.narrow(1, 0, rank);
+    begin += rank;
+    if (!join) at::mm_out(y_pivot, x, layer.w_pivot.t());
+    if (others > 0) {
+      Tensor y_other = layer.y.narrow(1, rank, others);
+      at::mm_out(y_other, y_pivot, layer.coeff.t());
+    }
+    by_dtype(x.scalar_type(), [&](auto zero) { restore_order<decltype(zero)>(y_pivot, layer.y, layer.gather()); });
+  }
+}
+
+Layer checked_layer(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff, const std::optional<Tensor>& order) {
   const int64_t d_in = w_pivot.size(1), rank = w_pivot.size(0), d_out = rank + coeff.size(0);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == d_in, "wanted x [..., ", d_in, "], got ", x.sizes());
   TORCH_CHECK(coeff.size(1) == rank, "wanted coeff [out - r, ", rank, "], got ", coeff.sizes());
@@ -216,27 +354,48 @@ Tensor linear_cpu(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff, c
               "x, w_pivot and coeff must have one dtype");
   TORCH_CHECK(!order || (order->scalar_type() == at::kLong && order->numel() == d_out && order->is_contiguous()),
               "order must be ", d_out, " contiguous int64");
+  return {w_pivot.contiguous(), coeff.contiguous(), order, Tensor()};
+}
+
+// Fills in the results of `layers`, and gives them x's leading dimensions.
+std::vector<Tensor> run(const Tensor& x, std::vector<Layer> layers) {
+  const Tensor tokens = x.contiguous().view({-1, x.size(-1)});
+  for (Layer& layer : layers)
+    layer.y = at::empty({tokens.size(0), layer.rank() + layer.coeff.size(0)}, x.options());
+  if (tokens.size(0) > 0) {
+    const int64_t few = x.scalar_type() == at::kFloat ? kFewTokensFloat : kFewTokensHalf;
+    if (tokens.size(0) <= few)
+      by_dtype(x.scalar_type(), [&](auto zero) { few_tokens<decltype(zero)>(tokens, layers); });
+    else
+      many_tokens(tokens, layers);
+  }
+  std::vector<Tensor> results;
   auto shape = x.sizes().vec();
-  shape.back() = d_out;
-  const Tensor tokens = x.contiguous().view({-1, d_in}), first = w_pivot.contiguous(), second = coeff.contiguous();
-  Tensor y = at::empty({tokens.size(0), d_out}, x.options());
-  if (y.numel() == 0) return y.view(shape);
-  const int64_t* indices = order ? order->const_data_ptr<int64_t>() : nullptr;
-  const int64_t few = x.scalar_type() == at::kFloat ? kFewTokensFloat : kFewTokensHalf;
-  if (tokens.size(0) <= few) {
-    by_dtype(x.scalar_type(), [&](auto zero) { few_tokens<decltype(zero)>(tokens, first, second, indices, y); });
-    return y.view(shape);
+  for (const Layer& layer : layers) {
+    shape.back() = layer.d_out();
+    results.push_back(layer.y.view(shape));
   }
-  Tensor y_pivot = y.narrow(1, 0, rank), y_other = y.narrow(1, rank, d_out - rank);
-  at::mm_out(y_pivot, tokens, first.t());
-  if (d_out > rank) at::mm_out(y_other, y_pivot, second.t());
-  if (indices) {
-    const RowOrder row_order(indices, rank, d_out);
-    by_dtype(x.scalar_type(), [&](auto zero) { restore_order<decltype(zero)>(y, row_order, rank); });
-  }
-  return y.view(shape);
+  return results;
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff, const std::optional<Tensor>& order) {
+  return run(x, {checked_layer(x, w_pivot, coeff, order)}).front();
+}
+
+std::vector<Tensor> linear_siblings_cpu(const Tensor& x, at::TensorList w_pivots, at::TensorList coeffs,
+                                        const c10::List<std::optional<Tensor>>& orders) {
+  TORCH_CHECK(w_pivots.size() == coeffs.size() && w_pivots.size() == orders.size(),
+              "as many w_pivots as coeffs and orders are wanted, got ", w_pivots.size(), ", ", coeffs.size(), " and ",
+              orders.size());
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < w_pivots.size(); i++)
+    layers.push_back(checked_layer(x, w_pivots[i], coeffs[i], orders.get(i)));
+  return run(x, std::move(layers));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pifa, CPU, library) { library.impl("linear_cpu", &linear_cpu); }
+TORCH_LIBRARY_IMPL(pifa, CPU, library) {
+  library.impl("linear_cpu", &linear_cpu);
+  library.impl("linear_siblings_cpu", &linear_siblings_cpu);
+}

@@ -28,13 +28,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("pifa", "FRAGMENT")
 _LIBRARY.define("linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order) -> Tensor")
+_LIBRARY.define("linear_siblings_cpu(Tensor x, Tensor[] w_pivots, Tensor[] coeffs, Tensor?[] orders) -> Tensor[]")
 
 
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], w_pivot.shape[0] + coeff.shape[0])
 
 
+def _shapes(
+    x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], orders: list[Tensor | None]
+) -> list[Tensor]:
+    return [_shape(x, *operands) for operands in zip(w_pivots, coeffs, orders, strict=True)]
+
+
 torch.library.register_fake("pifa::linear_cpu", _shape, lib=_LIBRARY)
+torch.library.register_fake("pifa::linear_siblings_cpu", _shapes, lib=_LIBRARY)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from .canonicalize import Canonicalize as Canonicalize
 from .factorize_linear import FactorizeLinear as FactorizeLinear
 from .factorize_pair import FactorizePair as FactorizePair
 from .lower import Lower as Lower
+from .merge_siblings import MergeSiblings as MergeSiblings
 from .rewrite import Record as Record
 from .rewrite import Rewrite as Rewrite
 from .rewrite import Skip as Skip
@@ -16,5 +17,6 @@ DEFAULT_PASSES: tuple[type[Rewrite], ...] = (
     FactorizeLinear,
     AbsorbOrder,
     Lower,
+    MergeSiblings,
 )
 """The pipeline, in order: pairs before single weights, since a pair's first weight has full rank by itself."""

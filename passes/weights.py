@@ -166,17 +166,21 @@ def _readers(gm: GraphModule, node: Node) -> list[Node]:
     return [other for other in gm.graph.find_nodes(op="get_attr") if other.target == node.target]
 
 
+def writes(node: Node) -> bool:
+    """Whether a call may write to one of its operands, by its schema or by torch's custom of naming."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    schema = getattr(node.target, "_schema", None)
+    in_place: bool = schema.is_mutable if schema else (name.endswith("_") and not name.endswith("__"))
+    return node.op.startswith("call_") and (in_place or name in _IN_PLACE_OPERATORS or "out" in node.kwargs)
+
+
 def _is_written(node: Node) -> bool:
     """Whether the graph may write to what `node` holds, through itself or a view of it; wrong only on the safe side."""
-    for user in node.users:
-        if user.op == "output" or user.target in _USES_VALUES:
-            continue
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        schema = getattr(user.target, "_schema", None)
-        in_place = schema.is_mutable if schema else (name.endswith("_") and not name.endswith("__"))
-        if in_place or name in _IN_PLACE_OPERATORS or "out" in user.kwargs or _is_written(user):
-            return True
-    return False
+    return any(
+        writes(user) or _is_written(user)
+        for user in node.users
+        if user.op != "output" and user.target not in _USES_VALUES
+    )
 
 
 def _is_state(value: Any) -> bool:

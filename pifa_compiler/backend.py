@@ -20,7 +20,17 @@ from torch.fx import GraphModule
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .errors import ConfigError, PassError
-from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, FactorizePair, Lower, Record, Skip, run_passes
+from .passes import (
+    AbsorbOrder,
+    Canonicalize,
+    FactorizeLinear,
+    FactorizePair,
+    Lower,
+    MergeSiblings,
+    Record,
+    Skip,
+    run_passes,
+)
 from .passes.factorize_linear import FULL_RANK
 from .passes.rewrite import Rewrite
 from .passes.weights import bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
@@ -237,7 +247,7 @@ class _Compiled:
         gradients = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in example_inputs
         )
-        self._record(run_passes(gm, [Lower(gradients=gradients)]), fatal=False)
+        self._record(run_passes(gm, [Lower(gradients=gradients), MergeSiblings()]), fatal=False)
         fake_mode = detect_fake_mode(example_inputs)
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None

@@ -54,6 +54,22 @@ def test_values_against_float64(kind: str, d_in: int, d_out: int, rank: int, tok
     assert relative_error(y, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 6, 40, 300], ids=["one", "few", "apart", "joined"])
+def test_siblings_against_float64(tokens: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 33).to(dtype)
+    weights = [operands(33, d_out, rank, dtype) for d_out, rank in ((65, 17), (31, 9), (20, 20))]
+    orders = [merge_order(65, 17), None, torch.randperm(20)]
+    results = torch.ops.pifa.linear_siblings_cpu(
+        inside_nan(x), [inside_nan(w) for w, _ in weights], [inside_nan(coeff) for _, coeff in weights], orders
+    )
+    for y, (w_pivot, coeff), order in zip(results, weights, orders, strict=True):
+        wanted = linear_ref(x.double(), w_pivot.double(), coeff.double(), order)
+        assert y.dtype is dtype
+        assert relative_error(y, wanted) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_leading_dimensions_strides_and_empty_inputs(tokens: int):
     w_pivot, coeff = operands(24, 40, 10, torch.float32)

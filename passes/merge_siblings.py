@@ -1,0 +1,59 @@
+"""MergeSiblings: linears in PIFA form on the same input (query, key and value; gate and up) become one call.
+
+    pifa::linear_cpu(x, w1, c1, o1), pifa::linear_cpu(x, w2, c2, o2)  ->  pifa::linear_siblings_cpu(x, [w1, w2], ..)[0], [1]
+
+It works on what `Lower` leaves on CPUs. For one or a few tokens the call itself is a good part of a small layer's time,
+and all pivot rows, then all coefficients, are streamed by all threads together; for many tokens the native code runs one
+first GEMM over the joint pivot rows where they are few. On GPUs nobody has measured whether it pays.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..kernels import linear_cpu as _defines_the_operator  # noqa: F401
+from .rewrite import Rewrite, Skip
+from .weights import writes
+
+pifa = torch.ops.pifa
+
+
+class MergeSiblings(Rewrite):
+    """Several pifa::linear_cpu on one x -> one pifa::linear_siblings_cpu."""
+
+    targets = (pifa.linear_cpu.default,)
+
+    def match(self, gm: GraphModule, node: Node) -> list[Node] | Skip | None:
+        """The linears to merge with `node`, itself first; None if it has none behind it."""
+        siblings = [user for user in gm.graph.nodes if user.target in self.targets and user.args[0] is node.args[0]]
+        if len(siblings) < 2 or siblings[0] is not node:
+            return None
+        operands = {operand for sibling in siblings for operand in sibling.all_input_nodes[1:]}
+        if any(operand.op not in ("get_attr", "placeholder") for operand in operands):
+            return Skip("siblings stay apart: a weight is computed in the graph")
+        nodes = list(gm.graph.nodes)
+        if any(writes(between) for between in nodes[nodes.index(node) : nodes.index(siblings[-1])]):
+            return Skip("siblings stay apart: the graph writes in place between them")
+        return siblings
+
+    def rewrite(self, gm: GraphModule, node: Node, found: list[Node]) -> Node:
+        """Calls the joint operator at the first sibling's place and takes its results apart."""
+        operands = [[self._at_hand(gm, arg) for arg in sibling.args[1:]] for sibling in found]
+        w_pivots, coeffs, orders = (list(column) for column in zip(*operands, strict=True))
+        joint = gm.graph.call_function(pifa.linear_siblings_cpu.default, (node.args[0], w_pivots, coeffs, orders))
+        results = [gm.graph.call_function(operator.getitem, (joint, index)) for index in range(len(found))]
+        for sibling, result in zip(found[1:], results[1:], strict=True):
+            result.meta = dict(sibling.meta)
+            sibling.replace_all_uses_with(result)
+            gm.graph.erase_node(sibling)
+        return results[0]
+
+    def _at_hand(self, gm: GraphModule, arg: Any) -> Any:
+        """The operand where the first sibling stands: attributes are read again there, inputs precede every call."""
+        if not isinstance(arg, Node) or arg.op == "placeholder":
+            return arg
+        again = gm.graph.get_attr(str(arg.target))
+        again.meta = dict(arg.meta)
+        return again
