@@ -35,9 +35,7 @@ def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None) -> T
     return x.new_empty(*x.shape[:-1], w_pivot.shape[0] + coeff.shape[0])
 
 
-def _shapes(
-    x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], orders: list[Tensor | None]
-) -> list[Tensor]:
+def _shapes(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], orders: list[Tensor | None]) -> list[Tensor]:
     return [_shape(x, *operands) for operands in zip(w_pivots, coeffs, orders, strict=True)]
 
 

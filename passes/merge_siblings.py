@@ -1,10 +1,11 @@
 """MergeSiblings: linears in PIFA form on the same input (query, key and value; gate and up) become one call.
 
-    pifa::linear_cpu(x, w1, c1, o1), pifa::linear_cpu(x, w2, c2, o2)  ->  pifa::linear_siblings_cpu(x, [w1, w2], ..)[0], [1]
+    pifa::linear_cpu(x, w1, c1, o1), pifa::linear_cpu(x, w2, c2, o2)
+        ->  y = pifa::linear_siblings_cpu(x, [w1, w2], [c1, c2], [o1, o2]); y[0], y[1]
 
 It works on what `Lower` leaves on CPUs. For one or a few tokens the call itself is a good part of a small layer's time,
-and all pivot rows, then all coefficients, are streamed by all threads together; for many tokens the native code runs one
-first GEMM over the joint pivot rows where they are few. On GPUs nobody has measured whether it pays.
+and all pivot rows, then all coefficients, are streamed by all threads together; for many tokens the native code runs
+one first GEMM over the joint pivot rows where they are few. On GPUs nobody has measured whether it pays.
 """
 
 import operator

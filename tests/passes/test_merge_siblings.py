@@ -15,7 +15,9 @@ pifa = torch.ops.pifa
 
 
 def layer(d_out: int, rank: int) -> PifaLinear:
-    return PifaLinear.from_factors(factorize(torch.randn(d_out, 16), rank=rank), torch.randn(d_out), requires_grad=False)
+    return PifaLinear.from_factors(
+        factorize(torch.randn(d_out, 16), rank=rank), torch.randn(d_out), requires_grad=False
+    )
 
 
 class Attention(nn.Module):
