@@ -98,9 +98,49 @@ inline void dot_products(const T* weight, const float* x, int64_t width, float* 
       for (int i = 0; i < Rows; i++) result[t * Rows + i] += float(weight[i * width + k]) * x[t * width + k];
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define PIFA_BF16_UNITS 1
+
+// Numbers as bfloat16; Split: as a sum of two, which keeps 16 bits of each.
+template <bool Split>
+struct Halves {
+  const at::BFloat16 *high, *low;
+
+  Halves operator+(int64_t offset) const { return {high + offset, Split ? low + offset : low}; }
+  float operator[](int64_t k) const { return float(high[k]) + (Split ? float(low[k]) : 0.f); }
+};
+
+inline __m512bh load_halves(const at::BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+// The same with the processor's units for bfloat16: products of 32 pairs at once, added up in float32.
+template <int Rows, int Tokens, bool Split>
+inline void dot_products(const at::BFloat16* weight, Halves<Split> x, int64_t width, float* result) {
+  Floats sums[Tokens * Rows];
+  __m512bh row[Rows];
+  c10::ForcedUnroll<Tokens * Rows>{}([&](auto i) { sums[i] = Floats(0.f); });
+  int64_t k = 0;
+  const auto add = [&](auto t, const at::BFloat16* from) {
+    const __m512bh token = load_halves(from);
+    c10::ForcedUnroll<Rows>{}(
+        [&](auto i) { sums[t * Rows + i] = _mm512_dpbf16_ps(sums[t * Rows + i], row[i], token); });
+  };
+  for (; k + 32 <= width; k += 32) {
+    c10::ForcedUnroll<Rows>{}([&](auto i) { row[i] = load_halves(weight + i * width + k); });
+    c10::ForcedUnroll<Tokens>{}([&](auto t) {
+      add(t, x.high + t * width + k);
+      if constexpr (Split) add(t, x.low + t * width + k);
+    });
+  }
+  sum_each<Tokens * Rows>(sums, result);
+  for (; k < width; k++)
+    for (int t = 0; t < Tokens; t++)
+      for (int i = 0; i < Rows; i++) result[t * Rows + i] += float(weight[i * width + k]) * x[t * width + k];
+}
+#endif
+
 // store(t, n, x[t] . weight[n]) for rows n to n + Rows of the weight, which stay in the first-level cache for all tokens.
-template <int Rows, typename T, typename Store>
-inline void rows_times_tokens(const T* weight, int64_t n, const float* x, int64_t tokens, int64_t width, Store store) {
+template <int Rows, typename T, typename X, typename Store>
+inline void rows_times_tokens(const T* weight, int64_t n, X x, int64_t tokens, int64_t width, Store store) {
   float result[kTokensAtOnce * Rows];
   const auto put = [&](int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; t++)
@@ -121,17 +161,17 @@ inline void rows_times_tokens(const T* weight, int64_t n, const float* x, int64_
 }
 
 // A product of x [tokens, width] and a weight [rows, width]; `store` takes (token, row, value).
-template <typename T, typename Store>
+template <typename T, typename X, typename Store>
 struct Product {
   const T* weight;
   int64_t rows, width;
-  const float* x;
+  X x;
   Store store;
 };
 
 // All products, in one parallel region.
-template <typename T, typename Store>
-void stream(const std::vector<Product<T, Store>>& products, int64_t tokens) {
+template <typename T, typename X, typename Store>
+void stream(const std::vector<Product<T, X, Store>>& products, int64_t tokens) {
   int64_t rows = 0;
   for (const auto& product : products) rows += product.rows;
   const int64_t share = rows / (4 * at::get_num_threads()) / kRowsAtOnce * kRowsAtOnce;
@@ -174,20 +214,45 @@ std::vector<int32_t> output_rows(const Layer& layer) {
   return place;
 }
 
+// What the products of few tokens read: x, and y_p with more bits than the dtype has. Any dtype as float32,
 template <typename T>
-struct StorePivots {
-  float* y_pivot;  // [tokens, rank], kept in float32 for the second product
-  int64_t rank;
-  T* y;
-  int64_t d_out;
-  const int32_t* place;
+struct FewTokens {
+  using Given = const float*;
+  using Kept = const float*;
 
-  void operator()(int64_t t, int64_t n, float value) const {
-    y_pivot[t * rank + n] = value;
-    y[t * d_out + place[n]] = T(value);
+  std::vector<float> x, y_pivot;
+
+  Given give(const Tensor& tokens) {
+    const T* values = tokens.const_data_ptr<T>();
+    if constexpr (std::is_same_v<T, float>) return values;
+    x.assign(values, values + tokens.numel());
+    return x.data();
   }
+  void reserve(int64_t count) { y_pivot.resize(count); }
+  Kept kept() const { return y_pivot.data(); }
+  void keep(int64_t i, float value) { y_pivot[i] = value; }
 };
 
+#if defined(PIFA_BF16_UNITS)
+// and bfloat16 as it is where the processor multiplies it.
+template <>
+struct FewTokens<at::BFloat16> {
+  using Given = Halves<false>;
+  using Kept = Halves<true>;
+
+  std::vector<at::BFloat16> high, low;
+
+  Given give(const Tensor& tokens) { return {tokens.const_data_ptr<at::BFloat16>(), nullptr}; }
+  void reserve(int64_t count) { high.resize(count), low.resize(count); }
+  Kept kept() const { return {high.data(), low.data()}; }
+  void keep(int64_t i, float value) {
+    high[i] = value;
+    low[i] = value - float(high[i]);
+  }
+};
+#endif
+
+// Where results go: to y [tokens, d_out] at the rows in `place`, and those of the first product to y_p besides.
 template <typename T>
 struct StoreOthers {
   T* y;
@@ -198,31 +263,36 @@ struct StoreOthers {
 };
 
 template <typename T>
+struct StorePivots {
+  StoreOthers<T> to_y;
+  FewTokens<T>* few;
+  int64_t begin, rank;
+
+  void operator()(int64_t t, int64_t n, float value) const {
+    few->keep(begin + t * rank + n, value);
+    to_y(t, n, value);
+  }
+};
+
+template <typename T>
 void few_tokens(const Tensor& x, std::vector<Layer>& layers) {
   const int64_t tokens = x.size(0), d_in = x.size(1);
-  int64_t ranks = 0;
-  for (const Layer& layer : layers) ranks += layer.rank();
-  std::vector<float> scratch(tokens * (ranks + (std::is_same_v<T, float> ? 0 : d_in)));
-  float* y_pivot = scratch.data();
-  const float* wide;
-  if constexpr (std::is_same_v<T, float>) {
-    wide = x.const_data_ptr<float>();
-  } else {
-    float* converted = scratch.data() + tokens * ranks;
-    const T* given = x.const_data_ptr<T>();
-    for (int64_t i = 0; i < tokens * d_in; i++) converted[i] = float(given[i]);
-    wide = converted;
-  }
+  FewTokens<T> few;
+  const auto given = few.give(x);
+  int64_t begin = 0;
+  for (const Layer& layer : layers) begin += tokens * layer.rank();
+  few.reserve(begin);
   std::vector<std::vector<int32_t>> places;
-  std::vector<Product<T, StorePivots<T>>> pivots;
-  std::vector<Product<T, StoreOthers<T>>> others;
+  std::vector<Product<T, typename FewTokens<T>::Given, StorePivots<T>>> pivots;
+  std::vector<Product<T, typename FewTokens<T>::Kept, StoreOthers<T>>> others;
+  begin = 0;
   for (const Layer& layer : layers) {
     const int64_t rank = layer.rank(), d_out = layer.d_out();
     T* y = layer.y.mutable_data_ptr<T>();
     const int32_t* place = places.emplace_back(output_rows(layer)).data();
-    pivots.push_back({layer.w_pivot.const_data_ptr<T>(), rank, d_in, wide, {y_pivot, rank, y, d_out, place}});
-    others.push_back({layer.coeff.const_data_ptr<T>(), d_out - rank, rank, y_pivot, {y, d_out, place + rank}});
-    y_pivot += tokens * rank;
+    pivots.push_back({layer.w_pivot.const_data_ptr<T>(), rank, d_in, given, {{y, d_out, place}, &few, begin, rank}});
+    others.push_back({layer.coeff.const_data_ptr<T>(), d_out - rank, rank, few.kept() + begin, {y, d_out, place + rank}});
+    begin += tokens * rank;
   }
   stream(pivots, tokens);
   stream(others, tokens);

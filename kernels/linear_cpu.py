@@ -61,7 +61,9 @@ def load() -> str | None:
     try:
         options = CppTorchOptions(vec_isa=pick_vec_isa())
         builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir="")
-        key = f"{torch.__version__}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
+        # The command says -march=native: a home that several machines share needs a library for each kind of them.
+        machine = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+        key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
         folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:24]
         library = folder / Path(builder.get_target_file_path()).name
         if not library.exists():
