@@ -1,6 +1,7 @@
 # Every target works on a fresh clone: the first one that runs makes the virtual environment.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PARALLEL := --numprocesses auto --dist loadgroup
 
 .PHONY: demo test test-all lint types bench
 
@@ -8,10 +9,10 @@ demo: .venv/.installed
 	$(BIN)/pifa demo
 
 test: .venv/.installed
-	TRITON_INTERPRET=1 $(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL)
 
 test-all: .venv/.installed
-	TRITON_INTERPRET=1 $(BIN)/pytest -m ""
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -13,10 +13,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from pifa_compiler.kernels import linear_cpu
 from torch import Tensor, nn
 
 from pifa_compiler.bench import ModelPlan, model_variants, open_model, provenance
-from pifa_compiler.kernels import linear_cpu
 
 
 def main() -> None:

@@ -462,13 +462,15 @@ def model_variants(model: "PreTrainedModel") -> dict[str, "PreTrainedModel"]:
     return {**made, "plain": model, "pifa": model}
 
 
-def model_bound(dtype: torch.dtype, linears: int) -> float:
+def model_bound(dtype: torch.dtype, linears: Sequence[PifaLinear]) -> float:
     """The largest relative error of the logits that is rounding, as a root mean square.
 
     Each linear rounds its intermediate values, its output and, where it is dense or a pair, its weights: some two eps
-    of what it adds. Errors of different layers are independent, so they add up as the root of their number.
+    of what it adds; its sums are kept in float32, whose errors grow as the root of their length. Errors of different
+    layers are independent, so their squares add up.
     """
-    return 2 * torch.finfo(dtype).eps * math.sqrt(linears)
+    eps, eps_of_sums = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    return math.sqrt(sum((2 * eps) ** 2 + eps_of_sums**2 * layer.in_features for layer in linears))
 
 
 def _model_row(
@@ -502,7 +504,7 @@ def _model_row(
         logits[name] = call().logits[:, -1].double()
     size = logits["dense"].square().mean().sqrt()
     errors = {name: float((found - logits["dense"]).square().mean().sqrt() / size) for name, found in logits.items()}
-    _refuse_wrong(errors, model_bound(DTYPES[plan.dtype], len(linears)), f"{phase} of {source}")
+    _refuse_wrong(errors, model_bound(DTYPES[plan.dtype], linears), f"{phase} of {source}")
     timing = interleaved_medians(calls, plan.seconds, least=plan.repeats, prepare=prepare)
     stored = sum(layer.w_pivot.numel() + layer.coeff.numel() + layer.rank for layer in linears)
     return ModelRow(

@@ -16,6 +16,9 @@ from pifa_compiler.linears import count_numbers
 from pifa_compiler.perplexity import perplexity
 from pifa_compiler.pretrained import load_model, load_tokenizer
 
+# One worker compresses the model for all of them; that takes longer where others compete for the cores.
+pytestmark = [pytest.mark.xdist_group("compressed"), pytest.mark.timeout(900)]
+
 
 @pytest.fixture(scope="module")
 def compressed() -> tuple[Any, Any, pc.Report]:
