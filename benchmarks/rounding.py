@@ -3,8 +3,8 @@
     python benchmarks/rounding.py MODEL --density 0.5
 
 Every linear's weight is truncated to the rank of the density by its SVD, in float64. The pair U S^1/2, S^1/2 V^T and
-the PIFA form are then rounded to the dtype and applied to random inputs, the pair by two GEMMs and PIFA by the code that
-`torch.compile(backend="pifa")` runs. An error is that of the outputs against float64, its largest over the largest
+the PIFA form are then rounded to the dtype and applied to random inputs, the pair by two GEMMs and PIFA by the code
+that `torch.compile(backend="pifa")` runs. An error is that of the outputs against float64, its largest over the largest
 output ("max"), or as root mean squares ("rms").
 """
 
