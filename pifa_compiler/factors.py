@@ -28,7 +28,8 @@ class FactorQuality:
 
     Attributes:
         max_coeff: largest |coefficient|; rounding errors of the pivot rows grow by about this much.
-        condition: 1-norm condition number of the pivot rows of an orthonormal basis of the column space.
+        condition: of the pivot rows of an orthonormal basis of the column space, in the 2-norm: a bound, estimated by
+            power iteration on the coefficients.
         error: relative Frobenius error of the stored factors against the given weight, estimated by 16 random probes.
     """
 
@@ -146,9 +147,9 @@ def factorize(
     """
     parts = _parts(weight)
     _check(*parts, rank)
-    basis, mixed = _column_space(*parts, rank)
-    pivots = _choose_pivots(basis, pivoting)
-    return _with_pivots(parts, basis, mixed, pivots, gram, dtype or parts[0].dtype)
+    space = _column_space(*parts, rank, orthonormal=pivoting == "qr")
+    pivots = _choose_pivots(space, pivoting)
+    return _with_pivots(parts, space, pivots, gram, dtype or parts[0].dtype)
 
 
 def factorize_jointly(
@@ -177,17 +178,40 @@ def factorize_jointly(
         shapes = [list(parts[0].shape) for parts in all_parts]
         raise RankError(f"weights whose outputs meet must have as many rows, got U or W of {shapes}")
     spaces = [_column_space(*parts, None) for parts in all_parts]
-    rank = min(basis.shape[1] for basis, _ in spaces)
+    rank = min(space.rank for space in spaces)
     spaces = [
-        space if space[0].shape[1] == rank else _column_space(*parts, rank)
+        space if space.rank == rank else _column_space(*parts, rank)
         for parts, space in zip(all_parts, spaces, strict=True)
     ]
-    bases = [basis for basis, _ in spaces]
-    pivots = _maxvol(bases, _lu_rows(bases[0])).sort().values
+    pivots = _maxvol([space.basis for space in spaces], spaces[0].independent_rows()).sort().values
     return [
-        _with_pivots(parts, *space, pivots, gram, dtype or parts[0].dtype)
+        _with_pivots(parts, space, pivots, gram, dtype or parts[0].dtype)
         for parts, space in zip(all_parts, spaces, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Space:
+    """A weight [out, in] of rank r as a product, and a well-conditioned basis of its column space; float64.
+
+    Attributes:
+        left, right: [out, r] and [r, in], the weight is left right.
+        basis: [out, r], spans what `left` spans.
+        rows: r independent rows of the basis, if they are known.
+    """
+
+    left: Tensor
+    right: Tensor
+    basis: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+    def independent_rows(self) -> Tensor:
+        """r independent rows, as an LU with row pivoting takes them: [r], int64."""
+        return _lu_basis(self.basis)[1] if self.rows is None else self.rows
 
 
 def _parts(weight: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -196,27 +220,41 @@ def _parts(weight: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | Non
 
 def _with_pivots(
     parts: tuple[Tensor, Tensor | None],
-    basis: Tensor,
-    mixed: Tensor,
+    space: _Space,
     pivots: Tensor,
     gram: Tensor | None,
     storage: torch.dtype,
 ) -> PifaFactors:
-    """The factors of the weight `basis` [out, r] times `mixed` [r, in] once its pivot rows are chosen."""
-    others = torch.ones(basis.shape[0], dtype=torch.bool, device=basis.device)
+    """The factors of a weight once its pivot rows are chosen."""
+    others = torch.ones(space.basis.shape[0], dtype=torch.bool, device=pivots.device)
     others[pivots] = False
-
-    w_pivot = (basis[pivots] @ mixed).to(storage)
-    lu = torch.linalg.lu_factor(basis[pivots])
-    exact = torch.linalg.lu_solve(*lu, basis[others], left=False)
-    coeff = _fit_to_rounded(exact, basis[pivots] @ mixed, w_pivot, gram).to(storage)
-    inverse = torch.linalg.lu_solve(*lu, torch.eye(len(pivots), dtype=basis.dtype, device=basis.device))
+    rows = space.left[pivots] @ space.right
+    w_pivot = rows.to(storage)
+    exact = torch.linalg.solve(space.basis[pivots], space.basis[others], left=False)
+    coeff = _fit_to_rounded(exact, rows, w_pivot, gram).to(storage)
     quality = FactorQuality(
         max_coeff=float(coeff.abs().max()) if coeff.numel() else 0.0,
-        condition=float(torch.linalg.matrix_norm(basis[pivots], 1) * torch.linalg.matrix_norm(inverse, 1)),
+        condition=_condition(exact),
         error=_probe_error(*parts, w_pivot, coeff, pivots, others),
     )
     return PifaFactors(w_pivot.contiguous(), coeff.contiguous(), pivots, quality)
+
+
+def _condition(coeff: Tensor, steps: int = 10) -> float:
+    """How ill-conditioned the pivot rows Q_p of an orthonormal basis are, from the coefficients C [out - r, r] alone.
+
+    Q = [I; C] Q_p has orthonormal columns, so (Q_p Q_p^T)^-1 = I + C^T C and |Q_p^-1| = sqrt(1 + |C|^2), which bounds
+    the condition number since |Q_p| <= 1. |C| is estimated by power iteration, from below.
+    """
+    if coeff.numel() == 0:
+        return 1.0
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    vector = torch.randn(coeff.shape[1], generator=generator, dtype=coeff.dtype).to(coeff.device)
+    norm = 0.0
+    for _ in range(steps):
+        image = coeff @ (vector / vector.norm().clamp(min=torch.finfo(coeff.dtype).tiny))
+        norm, vector = float(image.norm()), coeff.T @ image
+    return math.sqrt(1 + norm**2)
 
 
 def numerical_rank(weight: Tensor) -> int:
@@ -255,13 +293,15 @@ def _check(u: Tensor, v: Tensor | None, rank: int | None) -> None:
         raise RankError(f"rank must lie in 1..{limit} for this weight, got {rank}")
 
 
-def _column_space(u: Tensor, v: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor]:
-    """(Q [out, r] orthonormal, M [r, in]) in float64 with weight = Q M, r the rank to keep."""
+def _column_space(u: Tensor, v: Tensor | None, rank: int | None, *, orthonormal: bool = False) -> _Space:
+    """The weight u v, or u where v is None, at the rank to keep; its basis orthonormal if asked for."""
     if v is None:
         left, singular, right = torch.linalg.svd(u.double(), full_matrices=False)
         available = int((singular > _noise_level(u, float(singular[0]))).sum())
         mixed = singular[:, None] * right
     else:
+        if not orthonormal and rank in (None, u.shape[1]) and (space := _space_of_full_pair(u, v)) is not None:
+            return space
         left, triangle = torch.linalg.qr(u.double())
         mixed = triangle @ v.double()
         # Only a small product needs an SVD: the pair's numerical rank shows in [r, in], and usually it is full.
@@ -274,7 +314,45 @@ def _column_space(u: Tensor, v: Tensor | None, rank: int | None) -> tuple[Tensor
     keep = available if rank is None else min(rank, available)
     if keep < 1:
         raise RankError(f"the weight {[u.shape[0], mixed.shape[1]]} is zero: nothing to factorize; leave it dense")
-    return left[:, :keep], mixed[:keep]
+    return _Space(left[:, :keep], mixed[:keep], left[:, :keep])
+
+
+def _space_of_full_pair(u: Tensor, v: Tensor) -> _Space | None:
+    """A pair whose columns of U and rows of V are clearly independent, by LUs alone; None if that is not sure.
+
+    The triangle L of U's LU spans what U spans and is well conditioned whatever U is. A third of the work of QRs.
+    """
+    if u.shape[1] > min(u.shape[0], v.shape[1]):
+        return None
+    left, right = u.double(), v.double()
+    basis, rows, smallest = _lu_basis(left)
+    if not smallest > 1e-10:
+        return None
+    # In float32, for half the time; what its rounding noise leaves in doubt is looked at in float64.
+    unit = torch.nn.functional.normalize(right, dim=1).float()
+    if not _smallest_pivot(torch.linalg.lu_factor_ex(unit.T).LU) > 1e-4:
+        return None
+    return _Space(left, right, basis, rows)
+
+
+def _lu_basis(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
+    """L [m, n] of an LU with row pivoting, its rows as the matrix has them; the pivot rows [n]; the smallest pivot."""
+    lu, swaps, _ = torch.linalg.lu_factor_ex(matrix)
+    rows = list(range(matrix.shape[0]))
+    for i, j in enumerate((swaps - 1).tolist()):
+        rows[i], rows[j] = rows[j], rows[i]
+    triangle = lu.tril(-1)
+    triangle.diagonal().fill_(1)
+    order = torch.tensor(rows, device=matrix.device)
+    basis = torch.empty_like(triangle)
+    basis[order] = triangle
+    return basis, order[: matrix.shape[1]], _smallest_pivot(lu)
+
+
+def _smallest_pivot(lu: Tensor) -> float:
+    """Of an LU decomposition, relative to the largest; 0 for a zero matrix."""
+    pivots = lu.diagonal().abs()
+    return float(pivots.min() / pivots.max()) if float(pivots.max()) > 0 else 0.0
 
 
 def _full_row_rank(mixed: Tensor) -> int:
@@ -285,19 +363,13 @@ def _full_row_rank(mixed: Tensor) -> int:
     return mixed.shape[0] if full else -1
 
 
-def _choose_pivots(basis: Tensor, pivoting: Pivoting) -> Tensor:
-    """The rows of `basis` [out, r] to keep, [r], int64, ascending."""
+def _choose_pivots(space: _Space, pivoting: Pivoting) -> Tensor:
+    """The rows of the weight to keep, [r], int64, ascending."""
     if pivoting == "qr":
-        return _greedy_rows(basis).sort().values
+        return _greedy_rows(space.basis).sort().values
     if pivoting != "lu":
         raise RankError(f'pivoting must be "lu" or "qr", got {pivoting!r}')
-    return _maxvol([basis], _lu_rows(basis)).sort().values
-
-
-def _lu_rows(basis: Tensor) -> Tensor:
-    """The rows that an LU decomposition with row pivoting takes its pivots from."""
-    permutation: Tensor = torch.linalg.lu(basis).P.argmax(dim=0)
-    return permutation[: basis.shape[1]]
+    return _maxvol([space.basis], space.independent_rows()).sort().values
 
 
 def _greedy_rows(basis: Tensor) -> Tensor:
@@ -322,7 +394,8 @@ def _maxvol(bases: Sequence[Tensor], pivots: Tensor) -> Tensor:
         C' = C - C[:, J] S^-1 (C[I, :] - E_J)        S = C[I, J]
 
     where rows I, which now stand for the old pivots, start from E_J instead of C. The volume grows by |det S|, of which
-    every factor is made sure to be MAXVOL_BOUND or more.
+    every factor is made sure to be MAXVOL_BOUND or more. C is kept transposed, [r, out - r]: its columns are what is
+    searched, and so are contiguous.
     """
     pivots = pivots.clone()
     is_other = torch.ones(bases[0].shape[0], dtype=torch.bool, device=pivots.device)
@@ -330,36 +403,46 @@ def _maxvol(bases: Sequence[Tensor], pivots: Tensor) -> Tensor:
     others = torch.nonzero(is_other).squeeze(-1)
     if len(others) == 0:
         return pivots
-    coeffs = [torch.linalg.solve(basis[pivots], basis[others], left=False) for basis in bases]
+    # float32 will do: these coefficients only choose rows, and those in the result are solved for anew.
+    coeffs = [
+        torch.linalg.solve(basis[pivots].T.float(), basis[others].T.float()).contiguous()  # solve gives columns
+        for basis in bases
+    ]
     budget = 4 * len(pivots)  # each swap grows the volume by MAXVOL_BOUND or more, so this is hardly ever used up
     while budget > 0:
         rows, columns = _growing_swaps(coeffs)
         if len(rows) == 0:
             break
         for coeff in coeffs:
-            change = coeff[rows]
-            change[torch.arange(len(rows)), columns] -= 1
-            step = torch.linalg.solve(coeff[rows][:, columns], change)
-            coeff -= coeff[:, columns] @ step
-            coeff[rows] = -step
-            coeff[rows, columns] += 1
+            change, exchanged = coeff[:, rows], coeff[columns]
+            change[columns, torch.arange(len(rows))] -= 1
+            step = torch.linalg.solve(exchanged[:, rows], change, left=False)
+            coeff.addmm_(step, exchanged, alpha=-1)
+            coeff[:, rows] = -step
+            coeff[columns, rows] += 1
         pivots[columns], others[rows] = others[rows], pivots[columns]
         budget -= len(rows)
     return pivots
 
 
 def _growing_swaps(coeffs: Sequence[Tensor], most: int = 96) -> tuple[Tensor, Tensor]:
-    """Rows and columns of swaps to make together, the best first; none if the volume is locally maximal."""
+    """Rows and columns of swaps to make together, the best first; none if the volume is locally maximal.
+
+    Args:
+        coeffs: coefficients, transposed: [r, out - r].
+        most: number of swaps.
+    """
     growth = coeffs[0].abs() if len(coeffs) == 1 else torch.stack([coeff.abs() for coeff in coeffs]).prod(dim=0)
-    best, best_row = growth.max(dim=0)
+    best = growth.amax(dim=1)
+    candidates = best.argsort(descending=True)[: 2 * most]
+    candidates = candidates[best[candidates] > MAXVOL_BOUND]
     tried: dict[int, int] = {}
-    for column in best.argsort(descending=True)[: 2 * most].tolist():
-        if float(best[column]) > MAXVOL_BOUND:
-            tried.setdefault(int(best_row[column]), column)
+    for row, column in zip(growth[candidates].argmax(dim=1).tolist(), candidates.tolist(), strict=True):
+        tried.setdefault(row, column)
     rows, columns = torch.tensor(list(tried)[:most]), torch.tensor(list(tried.values())[:most])
     if len(rows) == 0:
         return rows, columns
-    blocks = [coeff[rows][:, columns] for coeff in coeffs]
+    blocks = [coeff[columns][:, rows] for coeff in coeffs]
     accepted = []
     for k in range(len(rows)):  # Gaussian elimination; a swap that would not help any more after those before is left
         if math.prod(abs(float(block[k, k])) for block in blocks) <= MAXVOL_BOUND:
