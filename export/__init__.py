@@ -2,3 +2,5 @@
 
 from .onnx_export import OnnxExport as OnnxExport
 from .onnx_export import to_onnx as to_onnx
+from .onnx_session import NativeRecord as NativeRecord
+from .onnx_session import session as session
