@@ -104,6 +104,11 @@ class CausalLmWithCache(CausalLm):
         ]
         return _tokens(self.model, 2, 3), mask, *past
 
+    def empty_example(self) -> tuple[Any, ...]:
+        """Arguments of a first pass, with nothing in the cache yet."""
+        tokens, mask, *past = self.example()
+        return tokens, mask[:, : tokens.shape[1]], *(part[:, :, :0] for part in past)
+
     def dynamic_shapes(self) -> tuple[Any, ...]:
         """Batch, sequence and past vary."""
         batch, sequence, past = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))

@@ -1,6 +1,7 @@
 """`genai_config.json`: what onnxruntime-genai has to know to generate text from a KV-cache export."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,23 +72,34 @@ def genai_config(model: "PreTrainedModel", file_name: str, pad_token_id: int | N
 
 
 def write_genai_config(
-    model: "PreTrainedModel", onnx_file: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: "PreTrainedModel",
+    onnx_file: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Writes `genai_config.json` beside an export, and the tokenizer's files if there is one; returns its path.
 
+    Tokenizer files that are there already stay as they are, unless `overwrite`.
+
     Raises:
-        ExportError: see `genai_config`; or it cannot be written.
+        ExportError: see `genai_config`; or it is there already and `overwrite` is not set, or cannot be written.
     """
-    file = Path(onnx_file)
+    file = Path(onnx_file).expanduser().resolve()
+    target = file.with_name(FILE)
+    if target.exists() and not overwrite:
+        raise ExportError(f"{target} exists already; say overwrite (--force), or export into another folder")
     pad = None if tokenizer is None else tokenizer.pad_token_id
     content = json.dumps(genai_config(model, file.name, pad), indent=2) + "\n"
-    target = file.with_name(FILE)
-    partial = target.with_name(f".{FILE}.partial")
     try:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(file.parent)
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(target)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".genai-") as scratch:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            Path(scratch, FILE).write_text(content, encoding="utf-8")
+            for made in Path(scratch).iterdir():
+                place = file.with_name(made.name)
+                if overwrite or not place.exists():
+                    made.replace(place)
     except OSError as error:
         raise ExportError(f"{target} could not be written: {error}; choose another place") from error
     return target

@@ -96,9 +96,7 @@ def to_onnx(
         CaptureError: the model cannot be captured as one graph, or an operator has no ONNX form.
     """
     started = time.perf_counter()
-    final = check_target(path, overwrite=overwrite)
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise ExportError(f"opset {opset} cannot be written; choose one from {OLDEST_OPSET} to {NEWEST_OPSET}")
+    final = check_export(path, opset=opset, overwrite=overwrite)
     _check_dtypes(model)
     call = _call_of(model, example, dynamic_shapes, kv_cache)
     with _quiet():
@@ -113,7 +111,8 @@ def to_onnx(
         _save(written, partial, external_data)
         check_model(partial)
         if check:
-            error = largest_error(partial, call.module, call.args, call.kwargs)
+            examples = [call.args, *([call.module.empty_example()] if kv_cache else [])]
+            error = max(largest_error(partial, call.module, args, call.kwargs) for args in examples)
     data = data_file(final)
     files = [final] + ([data] if data.exists() else [])
     return OnnxExport(
@@ -126,6 +125,18 @@ def to_onnx(
         time.perf_counter() - started,
         error,
     )
+
+
+def check_export(path: str | os.PathLike[str], *, opset: int = 23, overwrite: bool = False) -> Path:
+    """What `to_onnx` refuses without having seen the model; returns the file to write, without links.
+
+    Raises:
+        ExportError: `path` cannot or should not be written, or there is no such opset.
+    """
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        age = "too old" if opset < OLDEST_OPSET else "too new"
+        raise ExportError(f"opset {opset} is {age}; choose one from {OLDEST_OPSET} to {NEWEST_OPSET}")
+    return check_target(path, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -209,9 +220,7 @@ def _capture(call: _Call) -> "ExportedProgram":
         part.training = False  # not eval(): exported graphs refuse to be called so
     try:
         with torch.no_grad():
-            return torch.export.export(
-                module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes, strict=False
-            )
+            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes, strict=False)
     except Exception as error:
         raise CaptureError(f"torch.export could not capture {type(module).__name__} as one graph: {error}") from error
     finally:
@@ -232,7 +241,9 @@ def _save(model: "ir.Model", path: Path, external_data: bool) -> None:
     try:
         ir.save(model, path, external_data=data_file(path).name if external_data else None)
     except ValueError as error:  # protobuf's own limit
-        raise ExportError(f"{path.name} is too large for a single file ({error}); write it with external data") from error
+        raise ExportError(
+            f"{path.name} is too large for a single file ({error}); write it with external data"
+        ) from error
 
 
 @contextmanager

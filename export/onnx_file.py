@@ -124,6 +124,8 @@ def _check_external(source: Path, tensor: "onnx.TensorProto") -> None:
     try:
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
     except ValueError as error:
-        raise ExportError(f"{source}: the data of {tensor.name!r} has no valid place ({error}); copy it again") from error
+        raise ExportError(
+            f"{source}: the data of {tensor.name!r} has no valid place ({error}); copy it again"
+        ) from error
     if end > file.stat().st_size:
         raise ExportError(f"{source}: the data file {location!r} is truncated; copy it again")

@@ -96,7 +96,9 @@ def rewrite_onnx(
     external = _bind_external(model, source.resolve().parent)
     version = model.opset_imports.get("", 0)
     if version < OLDEST_OPSET:
-        raise ExportError(f"{path_in} has opset {version}; convert it to {OLDEST_OPSET} or newer (onnx.version_converter)")
+        raise ExportError(
+            f"{path_in} has opset {version}; convert it to {OLDEST_OPSET} or newer (onnx.version_converter)"
+        )
     if any(name == onnx_ops.LINEAR for domain, name, _ in model.functions if domain == onnx_ops.DOMAIN):
         raise ExportError(f"{path_in} holds PIFA layers already: nothing to rewrite, nothing written")
     records, before, after = _rewrite_pairs(model)
