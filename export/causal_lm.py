@@ -79,7 +79,8 @@ class CausalLmWithCache(CausalLm):
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
         )
-        return output.logits, [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        layers: list[Any] = cache.layers
+        return output.logits, [part for layer in layers for part in (layer.keys, layer.values)]
 
     @property
     def input_names(self) -> list[str]:
@@ -127,7 +128,8 @@ def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 def _tokens(model: "PreTrainedModel", batch: int, sequence: int) -> Tensor:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     return torch.randint(0, int(rows), (batch, sequence), generator=torch.Generator().manual_seed(0))
 
 

@@ -32,18 +32,18 @@ def largest_error(path: Path, module: Any, args: tuple[Any, ...], kwargs: dict[s
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         results = session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
-    except Exception as error:  # noqa: BLE001 -- its errors share no base class
+    except Exception as error:  # its errors share no base class
         raise ExportError(f"onnxruntime does not run {path.name}: {error}") from error
     tensors = [value for value in expected if isinstance(value, Tensor)]
     worst = 0.0
     for result, value in zip(results, tensors, strict=True):
-        error = _relative(torch.from_numpy(result), value)
-        if error > TOLERANCE.get(value.dtype, 0.0):
+        difference = _relative(torch.from_numpy(result), value)
+        if difference > TOLERANCE.get(value.dtype, 0.0):
             raise ExportError(
-                f"{path.name} does not compute what the model does: largest difference {error:.3g} of the largest "
+                f"{path.name} does not compute what the model does: largest difference {difference:.3g} of the largest "
                 f"result, wanted at most {TOLERANCE.get(value.dtype, 0.0):.3g}"
             )
-        worst = max(worst, error)
+        worst = max(worst, difference)
     return worst
 
 

@@ -1,4 +1,4 @@
-"""ONNX files on disk: where one may be written, how it is put there whole, and how one that came from elsewhere is read.
+"""ONNX files on disk: where one may be written, how it is put there whole, and how one from elsewhere is read.
 
 A file is written into a folder beside its place, checked there, and moved: `model.onnx` and, with external data,
 `model.onnx.data`.

@@ -124,8 +124,8 @@ def lay_out_weights(model: "ir.Model") -> int:
                 transposed[weight] = _transposed(model, weight, node)
             node.replace_input_with(place, transposed[weight])
     for weight in transposed:
-        if not weight.uses() and weight.name in model.graph.initializers:
-            del model.graph.initializers[weight.name]
+        if not weight.uses():
+            model.graph.initializers.pop(str(weight.name), None)
     return len(nodes)
 
 

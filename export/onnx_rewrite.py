@@ -3,7 +3,7 @@
     MatMul(MatMul(x, V), U)   Gemm(Gemm(x, V), U, c)   and mixtures of both   ->   PifaLinear(x, w_pivot, coeff, order)
 
 V is [in, r] and U [r, out], constants of the file, Gemm's transposes included. A bias behind the pair, as an Add or as
-Gemm's own, stays an Add. One V may feed several U; each pair is judged alone, as U decides the pivots.
+Gemm's own, stays an Add. A V that feeds several U (q, k, v of one attention) becomes one PIFA layer and a Split.
 """
 
 import os
@@ -166,98 +166,113 @@ def _product(node: "ir.Node | None") -> _Product | None:
 
 def _rewrite_pairs(model: "ir.Model") -> tuple[list[PairRecord], int, int]:
     records: list[PairRecord] = []
-    before, after = {}, 0
+    before = after = 0
     for node in list(model.graph.all_nodes()):
-        outer = _product(node)
-        inner = _product(node.inputs[0].producer()) if outer is not None and node.inputs[0] is not None else None
-        if outer is None or inner is None:
+        if node.graph is None or (inner := _product(node)) is None:
             continue
-        record, factors = _judge(inner, outer)
-        records.append(record)
-        if factors is None:
+        middle = node.outputs[0]
+        users = [user for user, place in middle.uses() if place == 0]
+        outers = [outer for user in users if (outer := _product(user)) is not None]
+        if not outers:
             continue
-        _replace(model, inner, outer, factors)
-        after += stored_numbers(*factors.shape, factors.rank)
-        before[inner.weight] = inner.matrix().numel()
-        before[outer.weight] = outer.matrix().numel()
-    return records, sum(before.values()), after
+        found = _judge(inner, outers)
+        rank, reason = (None, found) if isinstance(found, str) else (found.rank, None)
+        records += [_record(inner, outer, rank, reason) for outer in outers]
+        if not isinstance(found, str):
+            before += _width(inner) * (_columns(inner) + sum(map(_columns_out, outers)))
+            after += stored_numbers(*found.shape, found.rank)
+            _replace(model, inner, outers, found)
+    return records, before, after
 
 
-def _judge(inner: _Product, outer: _Product) -> tuple[PairRecord, PifaFactors | None]:
-    """What becomes of a pair; the factors if it is rewritten."""
-    v, u = inner.matrix().T, outer.matrix().T  # [r, in], [out, r]
+def _width(inner: _Product) -> int:
+    return int(inner.matrix().shape[1])
+
+
+def _columns(inner: _Product) -> int:
+    return int(inner.matrix().shape[0])
+
+
+def _columns_out(outer: _Product) -> int:
+    return int(outer.matrix().shape[1])
+
+
+def _record(inner: _Product, outer: _Product, rank: int | None, reason: str | None) -> PairRecord:
     name = outer.node.name or str(outer.node.outputs[0].name)
-    shape, width = (u.shape[0], v.shape[1]), v.shape[0]
+    return PairRecord(name, (_columns_out(outer), _columns(inner)), _width(inner), rank, reason)
 
-    def left(reason: str) -> tuple[PairRecord, None]:
-        return PairRecord(name, shape, width, None, reason), None
 
+def _judge(inner: _Product, outers: list[_Product]) -> PifaFactors | str:
+    """The weight that the products have together, all outputs of a shared V below each other; or why it stays."""
     middle = inner.node.outputs[0]
     if inner.bias is not None:
-        return left("there is a bias between the two products")
+        return "there is a bias between the two products"
     if middle.is_graph_output():
-        return left("the value between the two products is an output of the graph")
-    users = [user for user, _ in middle.uses()]
-    if any((other := _product(user)) is None or user.inputs[0] is not middle for user in users):
-        return left("the value between the two products has another user")
-    if len(users) > 1:
-        shared = _shared_cost(v, users)
-        if shared is not None:
-            return left(shared)
-    if v.dtype is not u.dtype or v.dtype not in _DTYPES:
-        return left(f"weights of {v.dtype} and {u.dtype} are not of one floating dtype that is known")
-    if width >= min(shape):
-        return left(f"the pair is not low-rank: width {width} between {shape[1]} inputs and {shape[0]} outputs")
+        return "the value between the two products is an output of the graph"
+    if len(middle.uses()) > len(outers):
+        return "the value between the two products has another user"
+    if any(outer.bias is not None and outer.bias.producer() is not None for outer in outers):
+        return "its bias is computed in the graph"
+    if any(outer.node.graph is not inner.node.graph for outer in outers):
+        return "the two products lie in different graphs"
+    v, parts = inner.matrix().T, [outer.matrix().T for outer in outers]  # [r, in], [out, r] each
+    if len(dtypes := {v.dtype, *(part.dtype for part in parts)}) > 1 or v.dtype not in _DTYPES:
+        return f"weights of {', '.join(map(str, dtypes))} are not of one floating dtype that is known"
+    u = torch.cat(parts)
+    (d_out, width), d_in = u.shape, v.shape[1]
+    if width >= min(d_out, d_in):
+        return f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs"
     try:
         factors = factorize((u, v))
     except RankError as error:
-        return left(str(error))
-    pair, pifa = width * sum(shape), stored_numbers(*shape, factors.rank)
-    if pifa >= pair and len(users) == 1:
-        return left(f"PIFA would store {pifa} numbers at rank {factors.rank}, the pair stores {pair}")
-    return PairRecord(name, shape, width, factors.rank, None), factors
+        return str(error)
+    pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)
+    return factors if pifa < pair else f"PIFA would store {pifa} numbers at rank {factors.rank}, the pair stores {pair}"
 
 
-def _shared_cost(v: Tensor, users: "list[ir.Node]") -> str | None:
-    """Why a V that several U read stays shared; None if a PIFA form for each of them stores less.
-
-    The pivot rows of each pair hold V's part, so V is stored once for each of them.
-    """
-    width, d_in = v.shape
-    outs = [int(product.matrix().shape[1]) for user in users if (product := _product(user)) is not None]
-    shared = width * (d_in + sum(outs))
-    apart = sum(stored_numbers(d_out, d_in, min(width, d_out, d_in)) for d_out in outs)
-    return None if apart < shared else f"a shared first product stores {shared} numbers, PIFA for each would {apart}"
-
-
-def _replace(model: "ir.Model", inner: _Product, outer: _Product, factors: PifaFactors) -> None:
-    """Puts a PIFA node, and an Add if there is a bias, in the place of the outer product."""
+def _replace(model: "ir.Model", inner: _Product, outers: list[_Product], factors: PifaFactors) -> None:
+    """Puts a PIFA node in the place of the products, behind it a Split for several outer ones, and Adds of biases."""
     import onnx_ir as ir
 
-    old, stem = outer.node.outputs[0], outer.weight.name
+    stem = str(outers[0].weight.name)
     parts = {
         "w_pivot": factors.w_pivot.T.contiguous(),
         "coeff": factors.coeff.T.contiguous(),
         "order": factors.order(),
     }
-    values = []
-    for part, tensor in parts.items():
-        name = f"{stem}.{part}"
-        taken = set(model.graph.initializers)
-        while name in taken:
-            name += "_"
-        value = ir.Value(name=name, const_value=ir.tensor(tensor.numpy(), name=name))
-        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
-        model.graph.register_initializer(value)
-        values.append(value)
-    new = [ir.Node(onnx_ops.DOMAIN, onnx_ops.LINEAR, [inner.node.inputs[0], *values], name=f"{old.name}.pifa")]
-    if outer.bias is not None:
-        new.append(ir.Node("", "Add", [new[0].outputs[0], outer.bias]))
-        new[0].outputs[0].name = f"{old.name}.before_bias"
-    graph = outer.node.graph
-    ir.convenience.replace_nodes_and_values(graph, outer.node, [outer.node], new, [old], [new[-1].outputs[0]])
-    for product in (inner, outer):
+    weights = [_constant(model, f"{stem}.{part}", tensor) for part, tensor in parts.items()]
+    old = [outer.node.outputs[0] for outer in outers]
+    layer = ir.Node(onnx_ops.DOMAIN, onnx_ops.LINEAR, [inner.node.inputs[0], *weights], name=f"{old[0].name}.pifa")
+    layer.outputs[0].name = f"{old[0].name}.pifa"
+    nodes, values = [layer], list(layer.outputs)
+    if len(outers) > 1:
+        sizes = _constant(model, f"{stem}.sizes", torch.tensor([_columns_out(outer) for outer in outers]))
+        attributes = [ir.AttrInt64("axis", -1)]
+        nodes.append(ir.Node("", "Split", [layer.outputs[0], sizes], attributes, num_outputs=len(outers)))
+        values = list(nodes[-1].outputs)
+    for i, outer in enumerate(outers):
+        values[i].name = f"{old[i].name}.pifa"
+        if outer.bias is not None:
+            nodes.append(ir.Node("", "Add", [values[i], outer.bias]))
+            values[i] = nodes[-1].outputs[0]
+    replaced = [outer.node for outer in outers]
+    if inner.node.graph is None:
+        raise ValueError(f"{inner.node.name} belongs to no graph")
+    ir.convenience.replace_nodes_and_values(inner.node.graph, inner.node, replaced, nodes, old, values)
+    for product in (inner, *outers):
         _drop(model, product)
+
+
+def _constant(model: "ir.Model", name: str, tensor: Tensor) -> "ir.Value":
+    """A new initializer; its name grows if it is taken."""
+    import onnx_ir as ir
+
+    while name in model.graph.initializers:
+        name += "_"
+    stored = ir.tensor(tensor.numpy(), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(stored.dtype), const_value=stored)
+    model.graph.register_initializer(value)
+    return value
 
 
 def _drop(model: "ir.Model", product: _Product) -> None:

@@ -56,9 +56,7 @@ def export_verb(
     if source is not None and output is None:
         raise typer.BadParameter("-o FILE.onnx says where to write")
     if from_onnx and (kv_cache or no_functions or check or one_file):
-        raise typer.BadParameter(
-            "--from-onnx keeps what the file has: no --kv-cache, --no-functions, --check, --one-file"
-        )
+        raise typer.BadParameter("--from-onnx goes without --kv-cache, --no-functions, --check and --one-file")
     _check_packages()
     result: dict[str, Any] = {}
     with work(as_json):

@@ -11,7 +11,7 @@ PACKAGE = "pifa_compiler"
 
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "cli", "cli_bench", "cli_export", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
-    {"bench"},
+    {"bench", "bench_onnx"},
     {"compress", "compact", "backend"},
     {"absorb"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
