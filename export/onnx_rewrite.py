@@ -23,8 +23,8 @@ from .onnx_file import atomic_files, check_model, check_target, data_file, read_
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OLDEST_OPSET = 13
-"""Of the standard operators; runtimes know functions from there on."""
+OLDEST_OPSET, OLDEST_IR_VERSION = 13, 8
+"""Of the standard operators, whose Split takes its sizes as an input from there on, and of the file for functions."""
 
 _DTYPES = (torch.float32, torch.float16, torch.float64)
 
@@ -85,19 +85,20 @@ def rewrite_onnx(
             written, and the text says what was looked at.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     started = time.perf_counter()
     source = Path(path_in).expanduser()
     final = check_target(path_out, overwrite=overwrite)
     if source.resolve() == final:
         raise ExportError(f"{path_in} cannot be rewritten in its own place; give another output file")
-    proto = read_model(source)
-    model = ir.serde.deserialize_model(proto)
-    external = _bind_external(model, source.resolve().parent)
+    read_model(source)  # refuses what is not to be trusted, external data above all
+    model = ir.load(source)
+    external = any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
     version = model.opset_imports.get("", 0)
     if version < OLDEST_OPSET:
         raise ExportError(
-            f"{path_in} has opset {version}; convert it to {OLDEST_OPSET} or newer (onnx.version_converter)"
+            f"{path_in} has opset {version}, too old; convert it to {OLDEST_OPSET} or newer (onnx.version_converter)"
         )
     if any(name == onnx_ops.LINEAR for domain, name, _ in model.functions if domain == onnx_ops.DOMAIN):
         raise ExportError(f"{path_in} holds PIFA layers already: nothing to rewrite, nothing written")
@@ -105,6 +106,8 @@ def rewrite_onnx(
     done = [record for record in records if record.skipped is None]
     if not done:
         raise ExportError(f"{path_in} has nothing to rewrite, nothing written: {_why(records)}")
+    RemoveUnusedNodesPass()(model)  # the products that were replaced, and their weights
+    model.ir_version = max(model.ir_version or 0, OLDEST_IR_VERSION)
     onnx_ops.attach_functions(model)
     with atomic_files(final) as partial:
         ir.save(model, partial, external_data=data_file(partial).name if external else None)
@@ -116,20 +119,6 @@ def _why(records: list[PairRecord]) -> str:
     if not records:
         return "no product of constants feeds another one"
     return "; ".join(dict.fromkeys(f"{record.skipped} ({record.node})" for record in records[:3]))
-
-
-def _bind_external(model: "ir.Model", folder: Path) -> bool:
-    """Tells external tensors where their folder is; says whether there are any."""
-    import onnx_ir as ir
-
-    tensors = [
-        value.const_value
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
-    for tensor in tensors:
-        tensor.base_dir = folder
-    return bool(tensors)
 
 
 @dataclass(frozen=True)
@@ -151,17 +140,27 @@ def _product(node: "ir.Node | None") -> _Product | None:
     """The node as a product with a constant matrix, if it is one."""
     if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
-    weight = node.inputs[1]
-    if weight is None or not weight.is_initializer() or weight.const_value is None or weight.is_graph_input():
+    found = _matrix(node.inputs[1])
+    if found is None:
         return None
-    if len(weight.const_value.shape) != 2:
-        return None
+    weight, transposed = found
     if node.op_type == "MatMul":
-        return _Product(node, weight, False, None)
+        return _Product(node, weight, transposed, None)
     numbers = {name: node.attributes[name].value for name in node.attributes}
     plain = numbers.get("alpha", 1.0) == 1.0 and numbers.get("beta", 1.0) == 1.0 and not numbers.get("transA", 0)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return _Product(node, weight, bool(numbers.get("transB", 0)), bias) if plain else None
+    return _Product(node, weight, transposed != bool(numbers.get("transB", 0)), bias) if plain else None
+
+
+def _matrix(value: "ir.Value | None") -> "tuple[ir.Value, bool] | None":
+    """The constant matrix that a value is, and whether it is read through a Transpose, as PyTorch exports linears."""
+    node = None if value is None else value.producer()
+    if node is not None and node.domain == "" and node.op_type == "Transpose":
+        found = _matrix(node.inputs[0])
+        return None if found is None else (found[0], not found[1])
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return None
+    return (value, False) if len(value.const_value.shape) == 2 else None
 
 
 def _rewrite_pairs(model: "ir.Model") -> tuple[list[PairRecord], int, int]:
@@ -259,8 +258,6 @@ def _replace(model: "ir.Model", inner: _Product, outers: list[_Product], factors
     if inner.node.graph is None:
         raise ValueError(f"{inner.node.name} belongs to no graph")
     ir.convenience.replace_nodes_and_values(inner.node.graph, inner.node, replaced, nodes, old, values)
-    for product in (inner, *outers):
-        _drop(model, product)
 
 
 def _constant(model: "ir.Model", name: str, tensor: Tensor) -> "ir.Value":
@@ -273,12 +270,3 @@ def _constant(model: "ir.Model", name: str, tensor: Tensor) -> "ir.Value":
     value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(stored.dtype), const_value=stored)
     model.graph.register_initializer(value)
     return value
-
-
-def _drop(model: "ir.Model", product: _Product) -> None:
-    """Removes an unused product and its unused weight."""
-    node = product.node
-    if node.graph is not None and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
-        node.graph.remove(node, safe=True)
-    if not product.weight.uses() and not product.weight.is_graph_output():
-        model.graph.initializers.pop(str(product.weight.name), None)

@@ -81,6 +81,24 @@ def test_what_pytorch_exports_is_rewritten(tmp_path: Path) -> None:
     check_lossless(tmp_path / "in.onnx", tmp_path / "out.onnx", 24)
 
 
+def test_a_weight_is_found_behind_a_transpose_in_an_old_file(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Transpose", ["V"], ["Vt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "Vt"], ["a"]),
+        helper.make_node("Transpose", ["U"], ["Ut"]),
+        helper.make_node("MatMul", ["a", "Ut"], ["y"]),
+    ]
+    source = save_graph(tmp_path / "in.onnx", nodes, [matrix("V", 8, 24), matrix("U", 32, 8)], 24, {"y": 32}, opset=13)
+    model = onnx.load(source)
+    model.ir_version = 7
+    onnx.save(model, source)
+    rewrite_onnx(source, tmp_path / "out.onnx")
+    assert node_types(tmp_path / "out.onnx") == {"PifaLinear": 1}
+    names = {tensor.name for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert names == {"U.w_pivot", "U.coeff", "U.order"}
+    check_lossless(source, tmp_path / "out.onnx", 24)
+
+
 NEAR_MISSES = {
     "there is a bias between": (
         [helper.make_node("Gemm", ["x", "V", "c"], ["a"]), helper.make_node("MatMul", ["a", "U"], ["y"])],
