@@ -158,6 +158,8 @@ def _call_of(model: Any, example: Any, dynamic_shapes: Any, kv_cache: bool) -> _
         args, kwargs = model.example_inputs
         return _Call(model, args, kwargs)
     if example is None and is_causal_lm(model):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ExportError(f"{type(model).__name__} has an encoder and a decoder; export each with its own example")
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes belong to an example; a causal language model brings its own")
         wrapped = (CausalLmWithCache if kv_cache else CausalLm)(model).eval()

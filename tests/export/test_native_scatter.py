@@ -55,6 +55,22 @@ def test_rows_are_put_where_order_says(
 
 
 @needs_native
+def test_nothing_is_written_outside_of_the_result(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y_p, y_n = rng.standard_normal((700, 130)).astype(np.float32), rng.standard_normal((700, 127)).astype(np.float32)
+    opened = session(scatter_file(tmp_path / "s.onnx", TensorProto.FLOAT), strict=True)
+    around = np.full((900, 257), np.nan, np.float32)
+    binding = opened.io_binding()
+    for name, value in (("y_p", y_p), ("y_n", y_n), ("order", merge_order(257, 130, rng))):
+        binding.bind_cpu_input(name, value)
+    binding.bind_output("y", "cpu", 0, np.float32, (700, 257), around[100:].ctypes.data)
+    opened.run_with_iobinding(binding)
+    assert np.isnan(around[:100]).all()
+    assert not np.isnan(around[100:800]).any()
+    assert np.isnan(around[800:]).all()
+
+
+@needs_native
 def test_the_native_operator_wins_over_a_function_of_its_name(tmp_path: Path) -> None:
     file = scatter_file(tmp_path / "s.onnx", TensorProto.FLOAT, function=True)
     feed = {"y_p": np.ones((1, 1), np.float32), "y_n": np.zeros((1, 1), np.float32), "order": np.array([1, 0])}

@@ -208,6 +208,14 @@ def test_a_sliding_window_is_refused_with_a_cache(tmp_path: Path) -> None:
         to_onnx(model.eval(), tmp_path / "m.onnx", kv_cache=True)
 
 
+def test_an_encoder_and_decoder_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ExportError, match="has an encoder and a decoder"):
+        to_onnx(T5ForConditionalGeneration(T5Config(**sizes)).eval(), tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize(
     ("name", "made", "refused"),
     [
