@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pifa_compiler.export import generate_greedily, session, to_onnx
 from real_model import smollm2
 
 from pifa_compiler import CompressConfig, compress
-from pifa_compiler.export import generate_greedily, session, to_onnx
 
 
 @pytest.mark.slow
