@@ -24,7 +24,8 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """The file to write, without links; refuses what could not or should not be written, before long work.
 
     Raises:
-        ExportError: it exists and `overwrite` is not set, is a folder, has no suffix .onnx, or its folder is not there.
+        ExportError: it exists and `overwrite` is not set, is a folder, has no suffix .onnx, or its place is not
+            writable.
     """
     final = Path(path).expanduser().resolve()
     if final.suffix != ".onnx":
@@ -34,10 +35,11 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
             raise ExportError(f"{file} is a folder; wanted the name of a file to write")
         if file.exists() and not overwrite:
             raise ExportError(f"{file} exists already; choose another name, or say overwrite (--force)")
-    if not final.parent.is_dir():
-        raise ExportError(f"the folder of {path} does not exist; make it first")
-    if not os.access(final.parent, os.W_OK | os.X_OK):
-        raise ExportError(f"{final.parent} is not writable; choose another place or change its permissions")
+    above = next(folder for folder in final.parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is a file; {path} cannot be made below it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ExportError(f"{above} is not writable; choose another place or change its permissions")
     return final
 
 
@@ -57,7 +59,7 @@ def atomic_files(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial / final.name
         if not (partial / data_file(final).name).exists():
             data_file(final).unlink(missing_ok=True)  # of a file that is replaced

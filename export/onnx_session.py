@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,11 @@ def session(
 
     Raises:
         ExportError: there is no such file, a provider is missing (onnxruntime would fall back to the CPU silently),
-            onnxruntime refuses the file, or `strict` and there is no native operator.
+            onnxruntime refuses the file, onnxruntime is installed twice, or `strict` and there is no native operator.
     """
     import onnxruntime
 
+    _check_one_runtime()
     file = Path(path).expanduser()
     if not file.is_file():
         raise ExportError(f"there is no file {str(path)!r}; give an .onnx file")
@@ -87,6 +89,21 @@ def session(
     if report is not None:
         report.append(record)
     return opened
+
+
+def _check_one_runtime() -> None:
+    """Refuses onnxruntime and onnxruntime-gpu side by side: they own one folder, and the later one broke the earlier.
+
+    Raises:
+        ExportError: both are installed.
+    """
+    names = {str(found.name).lower() for found in distributions(name="onnxruntime")}
+    names |= {str(found.name).lower() for found in distributions(name="onnxruntime-gpu")}
+    if len(names) > 1:
+        raise ExportError(
+            "onnxruntime and onnxruntime-gpu are both installed and break each other; uninstall both, then install one "
+            "(the extra onnx or onnx-gpu)"
+        )
 
 
 def _native(options: "onnxruntime.SessionOptions", providers: Sequence[str], wanted: bool) -> NativeRecord:

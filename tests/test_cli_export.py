@@ -44,6 +44,10 @@ def test_a_saved_model_becomes_a_folder_for_every_runtime(compressed: Path, tmp_
     assert "exists already" in refusal(pifa(compressed, "-o", tmp_path / "model.onnx"))
 
 
+def test_the_help_ends_in_an_example() -> None:
+    assert "Example: pifa export" in pifa("--help").stdout
+
+
 def test_options_reach_the_file(compressed: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     result = pifa(compressed, "-o", target, "--no-functions", "--one-file", "--opset", 21, "--dtype", "float16")

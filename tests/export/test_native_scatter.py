@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -141,6 +142,13 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(ExportError, match="CUDAExecutionProvider could not be started"):
         session(file, providers=listed)
     assert seen == [listed]
+
+
+def test_two_runtimes_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = scatter_file(tmp_path / "s.onnx", TensorProto.FLOAT, function=True)
+    monkeypatch.setattr(onnx_session, "distributions", lambda name: [SimpleNamespace(name=name)])
+    with pytest.raises(ExportError, match="both installed and break each other"):
+        session(file)
 
 
 def test_what_onnxruntime_cannot_open_is_refused(tmp_path: Path) -> None:

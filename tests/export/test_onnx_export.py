@@ -222,7 +222,7 @@ def test_an_encoder_and_decoder_is_refused(tmp_path: Path) -> None:
         ("m.onnx", "m.onnx", "exists already"),
         ("m.onnx", "m.onnx.data", "exists already"),
         ("m.bin", None, "named \\*.onnx"),
-        ("no/m.onnx", None, "folder .* does not exist"),
+        ("file/m.onnx", "file", "is a file"),
     ],
 )
 def test_a_bad_path_is_refused_and_what_is_there_stays(
