@@ -9,8 +9,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2}
-"""Largest difference allowed over the largest result, by the dtype of the results; a wrong layer is off by about 1."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2}
+"""Largest difference allowed over the largest result, by the dtype of the results; a wrong layer is off by about 1.
+
+Sums in another order differ by more than the dtype's eps: on random tokens behind a random cache, as the example has
+them, PyTorch's own float32 logits of a SmolLM2 at density 0.5 lie up to 1e-4 off those in float64.
+"""
 
 
 @torch.no_grad()

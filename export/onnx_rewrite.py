@@ -23,8 +23,8 @@ from .onnx_file import atomic_files, check_model, check_target, data_file, read_
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OLDEST_OPSET, OLDEST_IR_VERSION = 13, 8
-"""Of the standard operators, whose Split takes its sizes as an input from there on, and of the file for functions."""
+OLDEST_OPSET, OLDEST_IR_VERSION = 14, 8
+"""Of the standard operators, whose Reshape has `allowzero` from there on, and of the file, for functions."""
 
 _DTYPES = (torch.float32, torch.float16, torch.float64)
 

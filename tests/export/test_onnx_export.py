@@ -61,6 +61,16 @@ def test_a_module_computes_the_same_in_stock_onnxruntime_with_the_native_operato
     assert torch.equal(functions, native)  # the same products; only what copies them differs
 
 
+@pytest.mark.parametrize("shape", [(16,), (2, 0, 16), (1, 2, 3, 16)], ids=str)
+def test_functions_take_any_number_of_dimensions(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    layer = PifaLinear.from_factors(factorize(low_rank(24, 16, rank=5))).eval()
+    x = torch.randn(shape)
+    to_onnx(layer, tmp_path / "m.onnx", torch.ones(shape) if x.numel() else x, check=True)
+    native = run(tmp_path / "m.onnx", x, native=True)
+    assert torch.equal(run(tmp_path / "m.onnx", x, native=False), native)
+    torch.testing.assert_close(native, layer(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_are_stored_as_a_matmul_reads_them(tmp_path: Path) -> None:
     model = pifa_mlp()
     to_onnx(model, tmp_path / "m.onnx", torch.randn(3, 16))
@@ -82,7 +92,7 @@ def test_without_functions_there_are_standard_operators_only(tmp_path: Path) -> 
     assert [child.name for child in tmp_path.iterdir()] == ["m.onnx"]
 
 
-@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("opset", [18])
 def test_older_opsets_are_written(tmp_path: Path, opset: int) -> None:
     exported = to_onnx(pifa_mlp(), tmp_path / "m.onnx", torch.randn(3, 16), opset=opset, check=True)
     file = onnx.load(tmp_path / "m.onnx")
@@ -116,7 +126,7 @@ def test_an_absorbed_order_leaves_no_gather(llama: LlamaForCausalLM, with_cache:
     assert types["PifaLinear"] == 10
     bodies = {function.name: {node.op_type for node in function.node} for function in onnx.load(with_cache).functions}
     assert "Gather" not in bodies["PifaLinearInOrder"] | bodies["PifaLinear"]
-    assert bodies["PifaScatter"] == {"Concat", "Gather"}
+    assert "Gather" in bodies["PifaScatter"]
 
 
 def test_the_file_passes_the_checker_of_a_process_that_knows_nothing_of_the_domain(with_cache: Path) -> None:

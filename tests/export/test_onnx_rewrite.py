@@ -88,7 +88,7 @@ def test_a_weight_is_found_behind_a_transpose_in_an_old_file(tmp_path: Path) -> 
         helper.make_node("Transpose", ["U"], ["Ut"]),
         helper.make_node("MatMul", ["a", "Ut"], ["y"]),
     ]
-    source = save_graph(tmp_path / "in.onnx", nodes, [matrix("V", 8, 24), matrix("U", 32, 8)], 24, {"y": 32}, opset=13)
+    source = save_graph(tmp_path / "in.onnx", nodes, [matrix("V", 8, 24), matrix("U", 32, 8)], 24, {"y": 32}, opset=14)
     model = onnx.load(source)
     model.ir_version = 7
     onnx.save(model, source)
@@ -191,6 +191,6 @@ def test_paths_and_opsets_that_do_not_do_are_refused(tmp_path: Path) -> None:
         rewrite_onnx(source, source, overwrite=True)
     with pytest.raises(ExportError, match="there is no file"):
         rewrite_onnx(tmp_path / "none.onnx", tmp_path / "out.onnx")
-    old = low_rank_file(tmp_path / "old.onnx", opset=12)
-    with pytest.raises(ExportError, match="opset 12, too old"):
+    old = low_rank_file(tmp_path / "old.onnx", opset=13)
+    with pytest.raises(ExportError, match="opset 13, too old"):
         rewrite_onnx(old, tmp_path / "out.onnx")
