@@ -25,7 +25,7 @@ class CausalLm(nn.Module):
 
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The logits of every token."""
@@ -46,7 +46,7 @@ class CausalLm(nn.Module):
 
     def example(self) -> tuple[Any, ...]:
         """Arguments to capture it with: two rows of three tokens, the first with one of padding."""
-        mask = torch.ones(2, 3, dtype=torch.int64)
+        mask = torch.ones(2, 3, dtype=torch.int64, device=self.model.device)
         mask[0, 0] = 0
         return _tokens(self.model, 2, 3), mask
 
@@ -94,12 +94,12 @@ class CausalLmWithCache(CausalLm):
 
     def example(self) -> tuple[Any, ...]:
         """Two rows of three tokens behind four of the cache, the first with one of padding."""
-        mask = torch.ones(2, 7, dtype=torch.int64)
+        mask = torch.ones(2, 7, dtype=torch.int64, device=self.model.device)
         mask[0, 0] = 0
         generator = torch.Generator().manual_seed(0)
         dtype = next(self.model.parameters()).dtype
         past = [
-            torch.randn(2, heads, 4, size, generator=generator).to(dtype)
+            torch.randn(2, heads, 4, size, generator=generator).to(self.model.device, dtype)
             for heads, *sizes in self.layers
             for size in sizes
         ]
@@ -130,7 +130,8 @@ def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
 def _tokens(model: "PreTrainedModel", batch: int, sequence: int) -> Tensor:
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    return torch.randint(0, int(rows), (batch, sequence), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, int(rows), (batch, sequence), generator=torch.Generator().manual_seed(0))
+    return tokens.to(model.device)
 
 
 @torch.no_grad()

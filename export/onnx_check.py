@@ -35,10 +35,10 @@ def largest_error(path: Path, module: Any, args: tuple[Any, ...], kwargs: dict[s
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
-        results = session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
+        results = session.run(None, {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)})
     except Exception as error:  # its errors share no base class
         raise ExportError(f"onnxruntime does not run {path.name}: {error}") from error
-    tensors = [value for value in expected if isinstance(value, Tensor)]
+    tensors = [value.cpu() for value in expected if isinstance(value, Tensor)]
     worst = 0.0
     for result, value in zip(results, tensors, strict=True):
         difference = _relative(torch.from_numpy(result), value)

@@ -98,21 +98,22 @@ def to_onnx(
     started = time.perf_counter()
     final = check_export(path, opset=opset, overwrite=overwrite)
     _check_dtypes(model)
-    call = _call_of(model, example, dynamic_shapes, kv_cache)
-    with _quiet():
-        written = _translate(call, opset)
-    layers = onnx_ops.lay_out_weights(written)
-    in_order = sum(node.op_type == onnx_ops.LINEAR_IN_ORDER for node in written.graph.all_nodes())
-    onnx_ops.attach_functions(written)
-    if not functions:
-        _inline(written)
-    error = None
-    with atomic_files(final) as partial:
-        _save(written, partial, external_data)
-        check_model(partial)
-        if check:
-            examples = [call.args, *([call.module.empty_example()] if kv_cache else [])]
-            error = max(largest_error(partial, call.module, args, call.kwargs) for args in examples)
+    with _evaluating(model):
+        call = _call_of(model, example, dynamic_shapes, kv_cache)
+        with _quiet():
+            written = _translate(call, opset)
+        layers = onnx_ops.lay_out_weights(written)
+        in_order = sum(node.op_type == onnx_ops.LINEAR_IN_ORDER for node in written.graph.all_nodes())
+        onnx_ops.attach_functions(written)
+        if not functions:
+            _inline(written)
+        error = None
+        with atomic_files(final) as partial:
+            _save(written, partial, external_data)
+            check_model(partial)
+            if check:
+                examples = [call.args, *([call.module.empty_example()] if kv_cache else [])]
+                error = max(largest_error(partial, call.module, args, call.kwargs) for args in examples)
     data = data_file(final)
     files = [final] + ([data] if data.exists() else [])
     return OnnxExport(
@@ -162,7 +163,7 @@ def _call_of(model: Any, example: Any, dynamic_shapes: Any, kv_cache: bool) -> _
             raise ExportError(f"{type(model).__name__} has an encoder and a decoder; export each with its own example")
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes belong to an example; a causal language model brings its own")
-        wrapped = (CausalLmWithCache if kv_cache else CausalLm)(model).eval()
+        wrapped = (CausalLmWithCache if kv_cache else CausalLm)(model)
         names = wrapped.input_names, wrapped.output_names
         return _Call(wrapped, wrapped.example(), {}, wrapped.dynamic_shapes(), *names)
     if kv_cache:
@@ -217,14 +218,21 @@ def _translate(call: _Call, opset: int) -> "ir.Model":
 
 def _capture(call: _Call) -> "ExportedProgram":
     module = call.module
-    training = {part: part.training for part in module.modules()}
-    for part in training:
-        part.training = False  # not eval(): exported graphs refuse to be called so
     try:
         with torch.no_grad():
             return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes, strict=False)
     except Exception as error:
         raise CaptureError(f"torch.export could not capture {type(module).__name__} as one graph: {error}") from error
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for as long as the block runs."""
+    training = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
+    for part in training:
+        part.training = False  # not eval(): exported graphs refuse to be called so
+    try:
+        yield
     finally:
         for part, mode in training.items():
             part.training = mode

@@ -123,11 +123,9 @@ def _check_external(source: Path, tensor: "onnx.TensorProto") -> None:
         )
     if not file.is_file():
         raise ExportError(f"{source}: the data file {location!r} is missing; copy it beside the model")
-    try:
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-    except ValueError as error:
-        raise ExportError(
-            f"{source}: the data of {tensor.name!r} has no valid place ({error}); copy it again"
-        ) from error
+    numbers = [entries.get(name, "0") for name in ("offset", "length")]
+    if not all(number.isdecimal() for number in numbers):
+        raise ExportError(f"{source}: {tensor.name!r} has no valid place in its file ({entries}); copy it again")
+    end = sum(map(int, numbers))
     if end > file.stat().st_size:
         raise ExportError(f"{source}: the data file {location!r} is truncated; copy it again")

@@ -182,6 +182,16 @@ def _twice(transpose):
     return lambda stored: onnx_ir.tensor(2 * transpose(stored).numpy())
 
 
+def test_a_model_in_training_is_written_as_in_evaluation_and_stays_in_training(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    to_onnx(model, tmp_path / "m.onnx", torch.ones(1, 4), check=True)
+    assert all(part.training for part in model.modules())
+    assert "Dropout" not in node_types(tmp_path / "m.onnx")
+    language_model = tiny_llama(num_hidden_layers=1).train()
+    to_onnx(language_model, tmp_path / "n.onnx")
+    assert all(part.training for part in language_model.modules())
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x

@@ -167,6 +167,17 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path) -> None:
         rewrite_onnx(source, tmp_path / "out.onnx")
 
 
+@pytest.mark.parametrize("offset", ["-8", "far"])
+def test_external_data_at_no_valid_place_is_refused(tmp_path: Path, offset: str) -> None:
+    source = low_rank_file(tmp_path / "in.onnx", external=True)
+    model = onnx.load(source, load_external_data=False)
+    for tensor in model.graph.initializer:
+        tensor.external_data.add(key="offset", value=offset)
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="no valid place"):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     whole = low_rank_file(tmp_path / "in.onnx").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 20):
