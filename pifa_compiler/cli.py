@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_bench, cli_print
+from . import cli_bench, cli_export, cli_print
 from .cli_output import Json
 from .cli_output import print_json as _print_json
 from .cli_output import progress as _progress
@@ -242,6 +242,7 @@ def demo_verb(
         cli_print.demo(result, output)
 
 
+app.command("export", no_args_is_help=True, epilog=cli_export.EXAMPLE)(cli_export.export_verb)
 app.add_typer(cli_bench.app, name="bench")
 
 

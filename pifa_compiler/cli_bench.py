@@ -1,4 +1,4 @@
-"""`pifa bench layer` and `pifa bench model`: speed beside dense weights and low-rank pairs."""
+"""`pifa bench layer`, `pifa bench model` and `pifa bench onnx`: speed beside dense weights and low-rank pairs."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -110,6 +110,38 @@ def model_verb(
         print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
     else:
         cli_print.bench(rows, ("phase", "dtype", "tokens"), provenance())
+
+
+@app.command("onnx", epilog="Example: pifa bench onnx --dims 2048 --tokens 1,128 --threads 1 --csv onnx.csv")
+def onnx_verb(
+    dims: Annotated[list[str] | None, typer.Option(metavar="D,...", help="Sizes. Default: 2048.")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(metavar="N,...", help="Default: 1,16,128,512.")] = None,
+    threads: Annotated[list[str] | None, typer.Option(metavar="N,...", help="onnxruntime's. Default: 1,2.")] = None,
+    seconds: Seconds = 1.0,
+    csv: Csv = None,
+    as_json: Json = False,
+) -> None:
+    """Measure square linear layers at rank d / 2 as ONNX files in onnxruntime, float32."""
+    from .bench import RowFile, provenance
+    from .bench_onnx import OnnxRow, onnx_rows
+
+    sizes = _numbers("--dims", dims or ["2048"], least=2)
+    counts = _numbers("--tokens", tokens or ["1,16,128,512"], least=1)
+    thread_counts = _numbers("--threads", threads or ["1,2"], least=1)
+    rows = []
+    with work(as_json):
+        row_type: Any = OnnxRow
+        file = None if csv is None else RowFile(csv, row_type)
+        with progress("files", as_json) as tell:
+            row: Any
+            for row in onnx_rows(sizes, counts, thread_counts, seconds=seconds, progress=tell):
+                rows.append(row)
+                if file is not None:
+                    file.append(row)
+    if as_json:
+        print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
+    else:
+        cli_print.bench_onnx(rows, provenance())
 
 
 def _split(values: Sequence[str]) -> list[str]:

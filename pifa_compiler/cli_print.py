@@ -15,6 +15,7 @@ from .report import Report
 
 if TYPE_CHECKING:
     from .bench import LayerRow, ModelRow
+    from .bench_onnx import OnnxRow
     from .cli_inspect import Inspection
     from .demo import DemoResult
 
@@ -137,6 +138,22 @@ def bench(rows: "Sequence[LayerRow | ModelRow]", columns: Sequence[str], origin:
             ),
         ],
     )
+
+
+def bench_onnx(rows: "Sequence[OnnxRow]", origin: Mapping[str, str]) -> None:
+    """Medians and ratios of ONNX files, a line for each row."""
+    table = Table(title="median milliseconds in onnxruntime, float32")
+    names = ("dense", "lowrank", "functions", "native", "rewritten_functions", "rewritten")
+    ratios = ("functions_over_dense", "native_over_dense", "rewritten_over_lowrank")
+    for title in ("d", "threads", "tokens", *names, *ratios, "rounds"):
+        table.add_column(title.replace("_over_", " / ").replace("_", " "), justify="right")
+    for row in rows:
+        times = (f"{getattr(row, f'{name}_ms'):.3f}" for name in names)
+        shares = (f"{getattr(row, name):.3f}" for name in ratios)
+        table.add_row(str(row.d), str(row.threads), str(row.tokens), *times, *shares, str(row.rounds))
+    console = _console()
+    console.print(table)
+    _print_rows(console, [("machine", origin["machine"])])
 
 
 def folder_bytes(folder: Path) -> int:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "pifa_compiler"
 
 LAYERS: tuple[set[str], ...] = (
-    {"__main__", "cli", "cli_bench", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
-    {"bench"},
+    {"__main__", "cli", "cli_bench", "cli_export", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
+    {"bench", "bench_onnx"},
     {"compress", "compact", "backend"},
     {"absorb"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
@@ -28,6 +28,7 @@ HEAVY = {"triton", "onnx", "onnxscript", "onnxruntime", "transformers", "dataset
 HEAVY_AT_THE_TOP = {
     "pifa_compiler/cli.py": {"typer", "rich"},  # imported by the command only
     "pifa_compiler/cli_bench.py": {"typer"},  # imported by the command only
+    "pifa_compiler/cli_export.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_output.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_print.py": {"rich"},  # imported by the command only
     "pifa_compiler/hf_quantizer.py": {"transformers"},  # derives from its classes; imported by transformers' registry

@@ -1,0 +1,71 @@
+"""The native `PifaScatter` for onnxruntime on CPUs (pifa_scatter.c), built once for the machine by its C compiler."""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("pifa_scatter.c")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")
+
+_SECONDS = 120.0
+
+
+@functools.cache
+def build() -> Path | str:
+    """The library, built unless that was done before.
+
+    The compiler is $CC, or the first of cc, gcc and clang. The library is kept under ~/.cache/pifa-compiler (or
+    $XDG_CACHE_HOME/pifa-compiler); its folder's name says what it was built from: source, command, compiler, processor.
+
+    Returns:
+        Its path, or why it cannot be had: models then run on their own functions.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        return "there is no C compiler (cc, gcc, clang, or what $CC names); install one"
+    try:
+        version = subprocess.run(  # noqa: S603 -- the user's own compiler
+            [*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False
+        ).stdout
+        key = "\n".join((SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, version, _processor()))
+        folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:24]
+        library = folder / "pifa_scatter.so"
+        if library.exists():
+            return library
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            partial = Path(scratch, library.name)
+            command = [*compiler, *FLAGS, "-o", str(partial), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
+            if done.returncode != 0 or not partial.exists():
+                said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+                return f"{compiler[0]} could not build {SOURCE.name}: {said}"
+            os.replace(partial, library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{SOURCE.name} could not be built: {error}"
+    return library
+
+
+def _compiler() -> list[str] | None:
+    if named := shlex.split(os.environ.get("CC", "")):
+        return named if shutil.which(named[0]) else None
+    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+
+
+def _processor() -> str:
+    """What the code is built for: a cache may be shared by machines that differ in their vector units."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pifa-compiler"
