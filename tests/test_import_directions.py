@@ -13,9 +13,10 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__", "cli", "cli_bench", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
     {"bench"},
     {"compress", "compact", "backend"},
-    {"absorb"},
+    {"absorb", "targets"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
-    | {"pretrained", "calibration", "perplexity", "smollm2"},
+    | {"pretrained", "calibration", "perplexity", "smollm2"}
+    | {"allocate", "allocators", "output_gradients"},
     {"passes", "export"},
     {"factors", "linear", "linears", "report", "errors"},
     {"kernels"},
