@@ -16,6 +16,7 @@ from .report import Report
 if TYPE_CHECKING:
     from .bench import LayerRow, ModelRow
     from .cli_inspect import Inspection
+    from .compare import Row
     from .demo import DemoResult
 
 _PIPED_WIDTH = 160
@@ -135,6 +136,32 @@ def bench(rows: "Sequence[LayerRow | ModelRow]", columns: Sequence[str], origin:
                 "versions",
                 f"torch {origin['torch']}, pifa-compiler {origin['pifa_compiler']} {origin['commit']}".strip(),
             ),
+        ],
+    )
+
+
+def compare(rows: "Sequence[Row]", texts: Sequence[str], title: str) -> None:
+    """Perplexity over stored numbers, a line for each method and density."""
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for column in ("density", "stored", *(f"perplexity, {Path(text).name}" for text in texts), "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        found = (row.perplexity[text] for text in texts)
+        table.add_row(
+            row.method,
+            "" if row.density_asked is None else str(row.density_asked),
+            f"{row.stored:.4f}",
+            *("inf" if value is None else f"{value:.2f}" for value in found),
+            f"{row.seconds + row.shared_seconds:.0f}",
+        )
+    console = _console()
+    console.print(table)
+    _print_rows(
+        console,
+        [
+            ("stored", "numbers, row orders included, over dense ones, of the compressed linears; of 2:4, bytes"),
+            ("seconds", "to compress; what the dense model's statistics took counts in every row that uses them"),
         ],
     )
 

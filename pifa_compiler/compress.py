@@ -230,7 +230,7 @@ class _Solver:
         config: CompressConfig,
         targets: Mapping[Node, Target],
         meeting: Mapping[str, tuple[str, ...]],
-        gradient_grams: Mapping[Node, Tensor],
+        gradient_grams: Mapping[str, Tensor],
     ) -> None:
         self.config, self.targets, self.meeting, self.gradient_grams = config, targets, meeting, gradient_grams
         self.settings = reconstruct.Settings(config.mix, config.damping, config.gradient_damping)
@@ -243,10 +243,9 @@ class _Solver:
         low_rank = {}
         for node in group.members:
             rank, weight = self.targets[node].rank, self.targets[node].weight.double()
-            if rank is not None and node in self.gradient_grams:
-                low_rank[node] = reconstruct.solve_weighted(
-                    make_low_rank, weight, rank, self.gradient_grams[node], self.settings
-                )
+            gram = self.gradient_grams.get(weight_name(node))
+            if rank is not None and gram is not None:
+                low_rank[node] = reconstruct.solve_weighted(make_low_rank, weight, rank, gram, self.settings)
             elif rank is not None:
                 low_rank[node] = make_low_rank(weight, rank)
         solved: dict[Node, PifaFactors] = {}

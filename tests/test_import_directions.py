@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "pifa_compiler"
 
 LAYERS: tuple[set[str], ...] = (
-    {"__main__", "cli", "cli_bench", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
-    {"bench"},
+    {"__main__", "cli", "cli_bench", "cli_compare", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
+    {"bench", "compare"},
     {"compress", "compact", "backend"},
     {"absorb", "targets"},
-    {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
+    {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
     | {"allocate", "allocators", "output_gradients"},
     {"passes", "export"},
@@ -29,6 +29,7 @@ HEAVY = {"triton", "onnx", "onnxscript", "onnxruntime", "transformers", "dataset
 HEAVY_AT_THE_TOP = {
     "pifa_compiler/cli.py": {"typer", "rich"},  # imported by the command only
     "pifa_compiler/cli_bench.py": {"typer"},  # imported by the command only
+    "pifa_compiler/cli_compare.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_output.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_print.py": {"rich"},  # imported by the command only
     "pifa_compiler/hf_quantizer.py": {"transformers"},  # derives from its classes; imported by transformers' registry
