@@ -65,7 +65,7 @@ class CompressConfig:
         _check_number("density", self.density, "in (0, 1]", lambda value: 0 < value <= 1)
         _check_number("mix", self.mix, "in [0, 1]", lambda value: 0 <= value <= 1)
         _check_number("damping", self.damping, "0 or more", lambda value: value >= 0)
-        _check_number("gradient_damping", self.gradient_damping, "above 0", lambda value: value > 0)
+        _check_number("gradient_damping", self.gradient_damping, "1e-6 or more", lambda value: value >= 1e-6)
         if self.method not in reconstruct.METHODS:
             raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(reconstruct.METHODS)}")
         if self.allocator is not None and self.allocator not in ALLOCATORS:

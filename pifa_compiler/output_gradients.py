@@ -88,10 +88,11 @@ def find_next_token_loss(captured: Captured) -> NextToken | str:
         return "the model gives no logits [batch, tokens, vocabulary]"
     changed = ids.clone()
     changed[:, -1] = torch.where(ids[:, -1] == 0, 1, ids[:, -1] - 1)
-    seen = [_logits(captured.graph, {**by_node, tokens: each}, logits)[:, :-1].float() for each in (ids, changed)]
+    seen = [_logits(captured.graph, {**by_node, tokens: each}, logits)[:, :-1] for each in (ids, changed)]
     if seen[0].shape[:2] != (ids.shape[0], ids.shape[1] - 1):
         return f"its output of shape {list(seen[0].shape)} has no row for each token"
-    if not torch.allclose(*seen, rtol=1e-2, atol=1e-2 * float(seen[0].std())):
+    rounding = 64 * torch.finfo(seen[0].dtype).eps * float(seen[0].abs().max())
+    if not torch.allclose(*seen, rtol=0, atol=rounding):
         return "its logits at a token depend on later tokens, so it is no causal language model"
     return NextToken(tokens, logits)
 
