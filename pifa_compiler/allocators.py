@@ -188,7 +188,8 @@ def squared_singular_values(layer: Layer) -> Tensor:
     if layer.gradient_gram is not None:
         matrix = gram_root(layer.gradient_gram.double(), 0).root.T @ matrix
     small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    return torch.linalg.eigvalsh(small).flip(0).clamp(min=0)
+    squared: Tensor = torch.linalg.eigvalsh(small)
+    return squared.flip(0).clamp(min=0)
 
 
 def losses(layers: Set) -> Tensor:
@@ -259,11 +260,12 @@ def _by_density(sets: Sequence[Set], densities: Sequence[float], budget: Budget)
     ]
     left = budget.numbers(sets) - sum(cost)
     for index in sorted(range(len(sets)), key=lambda index: -lost[index]):
-        layers, rank = sets[index], ranks[index]
-        if rank is None or rank % budget.multiple or rank + budget.multiple > min(layers[0].shape):
+        layers, given = sets[index], ranks[index]
+        if given is None or given % budget.multiple or given + budget.multiple > min(layers[0].shape):
             continue
-        more = len(layers) * stored_numbers(*layers[0].shape, rank + budget.multiple) - cost[index]
-        if more <= left and stored_numbers(*layers[0].shape, rank + budget.multiple) < layers[0].weight.numel():
-            ranks[index] = rank + budget.multiple
+        raised = stored_numbers(*layers[0].shape, given + budget.multiple)
+        more = len(layers) * raised - cost[index]
+        if more <= left and raised < layers[0].weight.numel():
+            ranks[index] = given + budget.multiple
             left -= more
     return ranks

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -143,7 +143,7 @@ class RowFile:
 def compare(
     model: nn.Module,
     batches: Sequence[Tensor],
-    tests: dict[str, Sequence[Tensor]],
+    tests: Mapping[str, Sequence[Tensor]],
     file: RowFile,
     densities: Sequence[float],
     methods: Sequence[str],
@@ -206,7 +206,7 @@ class _Shared:
 
 def _row(
     shared: _Shared,
-    tests: dict[str, Sequence[Tensor]],
+    tests: Mapping[str, Sequence[Tensor]],
     setting: Setting,
     name: str,
     density: float | None,

@@ -81,18 +81,18 @@ def find_next_token_loss(captured: Captured) -> NextToken | str:
     (output,) = graph.find_nodes(op="output")
     ids, logits = by_node[tokens], None
     for node in output.all_input_nodes:
-        shape = getattr(node.meta.get("val"), "shape", ())
-        if logits is None and len(shape) == 3 and not isinstance(shape[2], torch.SymInt) and shape[2] > int(ids.max()):
+        value = node.meta.get("val")
+        if logits is None and isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] > int(ids.max()):
             logits = node
     if logits is None:
         return "the model gives no logits [batch, tokens, vocabulary]"
     changed = ids.clone()
     changed[:, -1] = torch.where(ids[:, -1] == 0, 1, ids[:, -1] - 1)
-    seen = [_logits(captured.graph, {**by_node, tokens: each}, logits)[:, :-1] for each in (ids, changed)]
-    if seen[0].shape[:2] != (ids.shape[0], ids.shape[1] - 1):
-        return f"its output of shape {list(seen[0].shape)} has no row for each token"
-    rounding = 64 * torch.finfo(seen[0].dtype).eps * float(seen[0].abs().max())
-    if not torch.allclose(*seen, rtol=0, atol=rounding):
+    before, after = (_logits(captured.graph, {**by_node, tokens: each}, logits) for each in (ids, changed))
+    if before.shape[:2] != ids.shape:
+        return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
+    rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if not torch.allclose(before[:, :-1], after[:, :-1], rtol=0, atol=rounding):
         return "its logits at a token depend on later tokens, so it is no causal language model"
     return NextToken(tokens, logits)
 
