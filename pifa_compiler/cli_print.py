@@ -35,6 +35,7 @@ def summary(report: Report, output: Path, data: str) -> None:
     for layer in report.skipped:
         reasons.setdefault(str(layer.skipped), []).append(layer.name)
     rows += [("", f"{_names(names)}: {reason}") for reason, names in reasons.items()]
+    rows += [("note", note) for note in report.notes]
     rows += [("seconds", f"{report.seconds:.1f}")]
     measured_on = "pydoc" if data == "self" else shlex.quote(data)
     rows += [

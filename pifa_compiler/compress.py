@@ -142,6 +142,8 @@ def compress(
         budget=Budget(config.density, config.rank_multiple),
         fixed=config.ranks,
     )
+    if statistics is None:
+        measured.gram.clear()  # the ranks alone needed it
     layers: dict[str, LayerReport] = {skip.name: skip for skip in skipped}
     for target in targets.values():
         if target.reason is not None:

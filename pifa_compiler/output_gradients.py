@@ -211,11 +211,15 @@ class _Backward:
         self._summed.clear()
         kept = [inputs]
         with torch.no_grad():
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 kept.append(_run(self.gm, block, kept[-1]))
-        gradients = {self.loss.logits: _logits_gradient(kept.pop()[self.loss.logits], ids, mask)}
-        for block in reversed(self.blocks):
-            gradients = self._block_back(block, kept.pop(), gradients, mask)
+
+        def of_loss(outputs: Values) -> dict[Node, Tensor]:
+            return {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), ids, mask)}
+
+        gradients = self._block_back(self.blocks[-1], kept.pop(), of_loss, mask)
+        for block in reversed(self.blocks[:-1]):
+            gradients = self._block_back(block, kept.pop(), lambda _, known=gradients: known, mask)
 
     def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
         if source in self._summed:
@@ -227,7 +231,11 @@ class _Backward:
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
     def _block_back(
-        self, block: _Block, inputs: Values, gradients: Mapping[Node, Tensor], mask: Tensor | None
+        self,
+        block: _Block,
+        inputs: Values,
+        gradients_at: Callable[[Values], Mapping[Node, Tensor]],
+        mask: Tensor | None,
     ) -> dict[Node, Tensor]:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
         leaves = {
@@ -244,6 +252,7 @@ class _Backward:
 
         with torch.enable_grad():
             outputs = _run(self.gm, block, {**inputs, **leaves}, note)
+        gradients = gradients_at(outputs)
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
         wanted = [*leaves, *met]
         if not (ends and wanted):
