@@ -213,13 +213,9 @@ class _Backward:
         with torch.no_grad():
             for block in self.blocks[:-1]:
                 kept.append(_run(self.gm, block, kept[-1]))
-
-        def of_loss(outputs: Values) -> dict[Node, Tensor]:
-            return {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), ids, mask)}
-
-        gradients = self._block_back(self.blocks[-1], kept.pop(), of_loss, mask)
-        for block in reversed(self.blocks[:-1]):
-            gradients = self._block_back(block, kept.pop(), lambda _, known=gradients: known, mask)
+        gradients: dict[Node, Tensor] | None = None
+        for block in reversed(self.blocks):
+            gradients = self._block_back(block, kept.pop(), gradients, ids, mask)
 
     def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
         if source in self._summed:
@@ -234,10 +230,14 @@ class _Backward:
         self,
         block: _Block,
         inputs: Values,
-        gradients_at: Callable[[Values], Mapping[Node, Tensor]],
+        gradients: Mapping[Node, Tensor] | None,
+        ids: Tensor,
         mask: Tensor | None,
     ) -> dict[Node, Tensor]:
-        """Gradients at the values that cross into a block, from those at the values that cross out of it."""
+        """Gradients at the values that cross into a block, from those at the values that cross out of it.
+
+        None are those of the loss: the last block is computed once, and its logits are held no longer than needed.
+        """
         leaves = {
             node: value.detach().requires_grad_()
             for node, value in inputs.items()
@@ -252,7 +252,8 @@ class _Backward:
 
         with torch.enable_grad():
             outputs = _run(self.gm, block, {**inputs, **leaves}, note)
-        gradients = gradients_at(outputs)
+        if gradients is None:
+            gradients = {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), ids, mask)}
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
         wanted = [*leaves, *met]
         if not (ends and wanted):
