@@ -14,13 +14,14 @@ from .allocators import ALLOCATORS, Budget
 from .capture import Batch, Captured, capture
 from .checkpoint import describe_if_pretrained
 from .errors import CalibrationError, ConfigError, RankError
-from .factors import PifaFactors, Pivoting, factorize, factorize_jointly
+from .factors import PifaFactors, Pivoting
+from .group_solver import GroupSolver
 from .linears import count_numbers, is_plain_linear, linears_in_order, module_at, replace_linear, weight_name
 from .output_gradients import DenseStatistics, dense_statistics, find_next_token_loss
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
 from .sweep import Group, Progress, Sweep, groups
-from .targets import Target, find_attention, find_linears, give_ranks
+from .targets import find_attention, find_linears, give_ranks
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def compress(
             layers[target.name] = LayerReport.of_skip(target.name, shape, target.reason, target=True)
     active = [node for node, target in targets.items() if target.rank is not None]
     if active:
-        solver = _Solver(config, targets, meeting, measured.gradient_gram)
+        settings = reconstruct.Settings(config.mix, config.damping, config.gradient_damping)
+        solver = GroupSolver(method, settings, targets, meeting, measured.gradient_gram, config.pivoting)
         if statistics is not None and not method.two_flows:
             for group in groups(captured.graph.graph, active):
                 solver.solve(group, statistics.of_input(weight_name(group.members[0])))
@@ -224,60 +226,6 @@ def _measure(
     return statistics
 
 
-class _Solver:
-    """Makes the factors of a group of linears, and a report of each."""
-
-    def __init__(
-        self,
-        config: CompressConfig,
-        targets: Mapping[Node, Target],
-        meeting: Mapping[str, tuple[str, ...]],
-        gradient_grams: Mapping[str, Tensor],
-    ) -> None:
-        self.config, self.targets, self.meeting, self.gradient_grams = config, targets, meeting, gradient_grams
-        self.settings = reconstruct.Settings(config.mix, config.damping, config.gradient_damping)
-        self.layers: dict[str, LayerReport] = {}
-        self.factors: dict[Node, PifaFactors] = {}
-
-    def solve(self, group: Group, statistics: reconstruct.Statistics) -> dict[Node, PifaFactors]:
-        """Factors of the group's members that are to be low-rank."""
-        make_low_rank = reconstruct.METHODS[self.config.method].prepare(statistics, self.settings)
-        low_rank = {}
-        for node in group.members:
-            rank, weight = self.targets[node].rank, self.targets[node].weight.double()
-            gram = self.gradient_grams.get(weight_name(node))
-            if rank is not None and gram is not None:
-                low_rank[node] = reconstruct.solve_weighted(make_low_rank, weight, rank, gram, self.settings)
-            elif rank is not None:
-                low_rank[node] = make_low_rank(weight, rank)
-        solved: dict[Node, PifaFactors] = {}
-        for nodes in _sets_of_one_order(low_rank, self.targets, self.meeting):
-            pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
-            solved.update(zip(nodes, self._factorize(nodes, pairs, statistics.gram), strict=True))
-        self.factors.update(solved)
-        for node, factors in solved.items():
-            self._report(node, factors, low_rank[node].notes, statistics.gram)
-        return solved
-
-    def _factorize(
-        self, nodes: Sequence[Node], pairs: Sequence[tuple[Tensor, Tensor]], gram: Tensor
-    ) -> list[PifaFactors]:
-        first = self.targets[nodes[0]]
-        if len(nodes) > 1:
-            return factorize_jointly(pairs, gram=gram, dtype=first.weight.dtype)
-        pivoting = self.config.pivoting
-        return [factorize(pairs[0], rank=first.rank, pivoting=pivoting, gram=gram, dtype=first.weight.dtype)]
-
-    def _report(self, node: Node, factors: PifaFactors, notes: tuple[str, ...], gram: Tensor) -> None:
-        target = self.targets[node]
-        if target.rank is not None and factors.rank < target.rank:
-            notes += (f"rank lowered from {target.rank} to {factors.rank}: the solution has no more",)
-        error = reconstruct.relative_error(target.weight, factors.dense(), gram)
-        self.layers[target.name] = LayerReport.of_factors(
-            target.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
-        )
-
-
 def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
     if not calls:
         raise CalibrationError("at least one calibration batch is needed, none came")
@@ -300,20 +248,6 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise RankError(f"weight {name} {list(parameter.shape)} holds NaN or Inf; repair it before compressing")
-
-
-def _sets_of_one_order(
-    nodes: Iterable[Node], targets: Mapping[Node, Target], meeting: Mapping[str, tuple[str, ...]]
-) -> list[tuple[Node, ...]]:
-    """The nodes of a group, those together whose outputs meet (gate and up) if all of them have one rank."""
-    sets: dict[tuple[str, ...], list[Node]] = {}
-    for node in nodes:
-        sets.setdefault(meeting.get(targets[node].name, (targets[node].name,)), []).append(node)
-    result: list[tuple[Node, ...]] = []
-    for names, members in sets.items():
-        together = len(members) == len(names) and len({targets[node].rank for node in members}) == 1
-        result += [tuple(members)] if together else [(node,) for node in members]
-    return result
 
 
 def _replace(model: nn.Module, factors: Mapping[str, PifaFactors]) -> None:

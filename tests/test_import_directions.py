@@ -13,7 +13,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__", "cli", "cli_bench", "cli_compare", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
     {"bench", "compare"},
     {"compress", "compact", "backend"},
-    {"absorb", "targets"},
+    {"absorb", "group_solver", "targets"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
     | {"allocate", "allocators", "output_gradients"},
