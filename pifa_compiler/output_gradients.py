@@ -86,13 +86,13 @@ def find_next_token_loss(captured: Captured) -> NextToken | str:
             logits = node
     if logits is None:
         return "the model gives no logits [batch, tokens, vocabulary]"
-    changed = ids.clone()
-    changed[:, -1] = torch.where(ids[:, -1] == 0, 1, ids[:, -1] - 1)
+    changed, half = ids.clone(), ids.shape[1] // 2
+    changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
     before, after = (_logits(captured.graph, {**by_node, tokens: each}, logits) for each in (ids, changed))
     if before.shape[:2] != ids.shape:
         return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
     rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
-    if not torch.allclose(before[:, :-1], after[:, :-1], rtol=0, atol=rounding):
+    if not torch.allclose(before[:, :half], after[:, :half], rtol=0, atol=rounding):
         return "its logits at a token depend on later tokens, so it is no causal language model"
     return NextToken(tokens, logits)
 

@@ -23,6 +23,12 @@ from .linears import (
 from .output_gradients import DenseStatistics
 from .report import LayerReport
 
+_SOFTMAX = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -161,13 +167,6 @@ def find_attention(graph: GraphModule) -> set[Node]:
             found |= _nearest_linears(node, lambda node: node.all_input_nodes)
             found |= _nearest_linears(node, lambda node: list(node.users))
     return found
-
-
-_SOFTMAX = (
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten.softmax.int,
-    torch.ops.aten._softmax.default,
-)
 
 
 def _nearest_linears(start: Node, neighbours: Callable[[Node], list[Node]]) -> set[Node]:
