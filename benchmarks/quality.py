@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("calibration", nargs="?", default="pydoc")
     parser.add_argument("test", nargs="?", default="pydoc")
     parser.add_argument("--densities", default="0.8,0.5")
-    parser.add_argument("--methods", default="optimal,mpifa,svd-llm,asvd,svd")
+    parser.add_argument("--methods", default="two-sided,optimal,mpifa,svd-llm,asvd,svd")
     parser.add_argument("--rank-multiple", type=int, default=1)
     parser.add_argument("--damping", type=float, default=pc.CompressConfig.damping)
     parser.add_argument("--mix", type=float, default=pc.CompressConfig.mix)

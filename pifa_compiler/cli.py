@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_bench, cli_export, cli_print
+from . import cli_bench, cli_compare, cli_export, cli_print
 from .cli_output import Json
 from .cli_output import print_json as _print_json
 from .cli_output import progress as _progress
@@ -91,7 +91,9 @@ def compress_verb(
     name: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
     density: Annotated[float, typer.Option(help="Stored numbers over dense numbers, in (0, 1]; never exceeded.")] = 0.5,
-    method: Annotated[str, typer.Option(help="How weights are made low-rank; an unknown name lists all.")] = "optimal",
+    method: Annotated[
+        str, typer.Option(help="How weights are made low-rank; an unknown name lists all.")
+    ] = "two-sided",
     mix: Annotated[float, typer.Option(help="Share of the dense model's inputs in the target, in [0, 1].")] = 0.25,
     damping: Annotated[float, typer.Option(help="Regularisation, relative to the Gram matrix.")] = 1e-3,
     data: CalibrationData = "pydoc",
@@ -102,7 +104,14 @@ def compress_verb(
         list[str] | None,
         typer.Option(metavar="PATTERN=RANK", help="Ranks for linears by name, whatever the density. Repeatable."),
     ] = None,
-    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are rounded down to a multiple of this.")] = 32,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this; 1 is exact.")] = 32,
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="How ranks are shared out; an unknown name lists all. Default: global for two-sided."),
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients/--no-gradients", help="Weigh errors by the gradients of the model's loss.")
+    ] = True,
     dtype: Dtype = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Seqlen = 2048,
@@ -117,7 +126,15 @@ def compress_verb(
     _check_dtype(dtype)
     try:
         config = CompressConfig(
-            density, method, mix, damping, _ranks(rank or []), tuple(skip or ()), rank_multiple=rank_multiple
+            density,
+            method,
+            mix,
+            damping,
+            _ranks(rank or []),
+            tuple(skip or ()),
+            rank_multiple=rank_multiple,
+            allocator=allocator,
+            gradients=gradients,
         )
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
@@ -243,6 +260,11 @@ def demo_verb(
 
 
 app.command("export", no_args_is_help=True, epilog=cli_export.EXAMPLE)(cli_export.export_verb)
+app.command(
+    "compare",
+    no_args_is_help=True,
+    epilog="Example: pifa compare HuggingFaceTB/SmolLM2-135M --densities 0.8,0.5 --methods two-sided,mpifa,wanda-2:4",
+)(cli_compare.compare_verb)
 app.add_typer(cli_bench.app, name="bench")
 
 

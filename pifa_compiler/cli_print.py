@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .bench import LayerRow, ModelRow
     from .bench_onnx import OnnxRow
     from .cli_inspect import Inspection
+    from .compare import Row
     from .demo import DemoResult
 
 _PIPED_WIDTH = 160
@@ -35,6 +36,7 @@ def summary(report: Report, output: Path, data: str) -> None:
     for layer in report.skipped:
         reasons.setdefault(str(layer.skipped), []).append(layer.name)
     rows += [("", f"{_names(names)}: {reason}") for reason, names in reasons.items()]
+    rows += [("note", note) for note in report.notes]
     rows += [("seconds", f"{report.seconds:.1f}")]
     measured_on = "pydoc" if data == "self" else shlex.quote(data)
     rows += [
@@ -154,6 +156,32 @@ def bench_onnx(rows: "Sequence[OnnxRow]", origin: Mapping[str, str]) -> None:
     console = _console()
     console.print(table)
     _print_rows(console, [("machine", origin["machine"])])
+
+
+def compare(rows: "Sequence[Row]", texts: Sequence[str], title: str) -> None:
+    """Perplexity over stored numbers, a line for each method and density."""
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for column in ("density", "stored", *(f"perplexity, {Path(text).name}" for text in texts), "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        found = (row.perplexity[text] for text in texts)
+        table.add_row(
+            row.method,
+            "" if row.density_asked is None else str(row.density_asked),
+            f"{row.stored:.4f}",
+            *("inf" if value is None else f"{value:.2f}" for value in found),
+            f"{row.seconds + row.shared_seconds:.0f}",
+        )
+    console = _console()
+    console.print(table)
+    _print_rows(
+        console,
+        [
+            ("stored", "numbers, row orders included, over dense ones, of the compressed linears; of 2:4, bytes"),
+            ("seconds", "to compress; what the dense model's statistics took counts in every row that uses them"),
+        ],
+    )
 
 
 def folder_bytes(folder: Path) -> int:

@@ -39,10 +39,12 @@ class Settings:
     Attributes:
         mix: f in the target Y = (1 - f) W X_u + f W X_o; the paper's recipe takes 0.25.
         damping: multiple of the Gram matrix's mean diagonal that `optimal` adds to it.
+        gradient_damping: the same of the Gram matrix of the output gradients, in `solve_weighted`.
     """
 
     mix: float = 0.25
     damping: float = 1e-3
+    gradient_damping: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ class Method:
         prepare: (statistics, settings) -> `Solve`; what linears on one input share is computed once, here.
         two_flows: whether it looks at the inputs of the compressed model too; if not, the sweep runs the dense only.
         dense_gram: whether a method of two flows wants the dense model's Gram matrix as well.
+        gradients: whether output errors are weighted by the gradients of the loss (see `solve_weighted`).
+        allocator: how ranks are shared out unless asked otherwise, a name in `allocators.ALLOCATORS`.
     """
 
     prepare: Callable[[Statistics, Settings], Solve]
     two_flows: bool = False
     dense_gram: bool = False
+    gradients: bool = False
+    allocator: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,32 @@ def _mixed(statistics: Statistics, settings: Settings) -> Tensor:
     return settings.mix * statistics.cross + (1 - settings.mix) * statistics.gram
 
 
+def solve_weighted(solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings) -> LowRank:
+    """A method's answer where an error e at the output costs e^T G e instead of e^T e.
+
+    The weight R W with R^T R = G is made low-rank, and R taken off again: for `optimal` that is the exact minimiser,
+    the rank-r truncation of R T L^-T, between R^-1 and L^-1. With G the Gram matrix of the loss's gradients at the
+    output this is the second-order rise of the loss in K-FAC's form (arXiv 1503.05671).
+
+    Args:
+        solve: what the method's `prepare` gave.
+        weight: [out, in], float64.
+        rank: of the result.
+        gradient_gram: G, [out, out], any scale; `settings.gradient_damping` of its mean diagonal is added to it.
+        settings: of the method.
+    """
+    gram = gradient_gram.double()
+    scale = float(gram.diagonal().mean())
+    if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
+        return solve(weight, rank)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    root = torch.linalg.cholesky(gram / scale + settings.gradient_damping * eye).T
+    found = solve(root @ weight, rank)
+    return LowRank(torch.linalg.solve_triangular(root, found.u, upper=True), found.v, found.notes)
+
+
 METHODS: Mapping[str, Method] = {
+    "two-sided": Method(optimal, two_flows=True, gradients=True, allocator="global"),
     "optimal": Method(optimal, two_flows=True),
     "mpifa": Method(mpifa, two_flows=True, dense_gram=True),
     "svd-llm": Method(svd_llm),

@@ -11,10 +11,10 @@ computed. There are no layer names in it.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
@@ -29,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what) while long work goes on."""
 
 Values = dict[Node, Any]
+Flow = Literal["both", "dense", "compressed"]
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,24 @@ class Flows:
 
 def plan(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Segment]:
     """Segments in the order of the graph; nodes that no target's input needs are in none of them."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    done: set[Node] = set()
+    segments = []
+    for group in groups(graph, targets):
+        needed = sorted(_ancestors(group.source) - done, key=position.__getitem__)
+        done.update(needed)
+        computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
+        segments.append(Segment(computed, group))
+    return segments
+
+
+def groups(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Group]:
+    """Linears by the value they read, in the order of the graph."""
     members: dict[Node, list[Node]] = {}
     position = {node: index for index, node in enumerate(graph.nodes)}
     for target in sorted(targets, key=position.__getitem__):
         members.setdefault(target.all_input_nodes[0], []).append(target)
-    done: set[Node] = set()
-    segments = []
-    for source, nodes in members.items():
-        needed = sorted(_ancestors(source) - done, key=position.__getitem__)
-        done.update(needed)
-        computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
-        segments.append(Segment(computed, Group(source, tuple(nodes))))
-    return segments
+    return [Group(source, tuple(nodes)) for source, nodes in members.items()]
 
 
 def _ancestors(node: Node) -> set[Node]:
@@ -86,37 +93,59 @@ def _ancestors(node: Node) -> set[Node]:
     return found
 
 
+def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
+    """What a node computes from `values`; weights are read from the graph, and need no gradient."""
+
+    def value(argument: Node) -> Any:
+        if argument.op != "get_attr":
+            return values[argument]
+        constant = attrgetter(str(argument.target))(gm)
+        return constant.detach() if isinstance(constant, Tensor) else constant
+
+    return _call(node, value)
+
+
+def _call(node: Node, value: Callable[[Node], Any]) -> Any:
+    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+    if not callable(node.target):
+        raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
+    return node.target(*args, **kwargs)
+
+
 class Sweep:
     """One walk over `captured`; see the module's docstring.
 
     Args:
         captured: the graph and the batches.
         targets: the linears to replace, `aten.linear.default` nodes.
-        two_flows: whether the compressed flow is followed too; without it the statistics are the dense model's.
+        flows: which flows are followed, "both", "dense" or "compressed"; with one, all statistics are that one's.
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
     """
 
     def __init__(
-        self, captured: Captured, targets: Sequence[Node], *, two_flows: bool, dense_gram: bool = False
+        self, captured: Captured, targets: Sequence[Node], *, flows: Flow = "both", dense_gram: bool = False
     ) -> None:
         self._dense_gram = dense_gram
         self.gm: GraphModule = captured.graph
         self.segments = plan(self.gm.graph, targets)
-        self.factors: dict[Node, PifaFactors] = {}
+        self.factors: dict[Node, PifaFactors | Tensor] = {}
         self.peak_bytes = 0
         self._masks = captured.token_masks
         self._constant: Values = {}
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         self._batches = [Flows(dict(zip(placeholders, values, strict=True))) for values in captured.inputs]
         self._varies = _downstream(self.gm, placeholders)
-        self._diverges = _downstream(self.gm, targets) if two_flows else set()
+        self._diverges = _downstream(self.gm, targets) if flows == "both" else set()
+        self._only_compressed = flows == "compressed"
         self._freed_after = _last_uses(self.segments)
 
     @torch.no_grad()
     def run(
-        self, solve: Callable[[Group, Statistics], Mapping[Node, PifaFactors]], progress: Progress | None = None
+        self,
+        solve: Callable[[Group, Statistics], Mapping[Node, PifaFactors | Tensor]],
+        progress: Progress | None = None,
     ) -> None:
-        """Walks the graph; `solve` gives factors for the members of a group that are to be replaced.
+        """Walks the graph; `solve` gives factors, or another weight, for the members of a group that are replaced.
 
         Raises:
             CalibrationError: an input of a linear is not finite; names the weight.
@@ -127,8 +156,8 @@ class Sweep:
             for flows, mask in zip(self._batches, self._masks, strict=True):
                 self._run_segment(segment, flows)
                 dense, compressed = self._both(flows, segment.group.source)
-                rows = _rows(dense, mask)
-                sums.add(rows, rows if compressed is dense else _rows(compressed, mask))
+                rows = tokens_as_rows(dense, mask)
+                sums.add(rows, rows if compressed is dense else tokens_as_rows(compressed, mask))
                 self._free(segment.group, flows)
             self._note_bytes()
             steps: list[Node | Group] = [*segment.nodes, segment.group]
@@ -145,7 +174,7 @@ class Sweep:
                 if node not in self._constant:
                     self._constant[node] = self._evaluate(node, {}, compressed=False)
             elif node not in self._diverges:
-                flows.shared[node] = self._evaluate(node, flows.shared, compressed=False)
+                flows.shared[node] = self._evaluate(node, flows.shared, compressed=self._only_compressed)
             else:
                 flows.dense[node] = self._evaluate(node, flows.shared | flows.dense, compressed=False)
                 flows.compressed[node] = self._evaluate(node, flows.shared | flows.compressed, compressed=True)
@@ -158,14 +187,12 @@ class Sweep:
             return values[argument] if argument in values else self._constant[argument]
 
         if compressed and node in self.factors:
-            factors, bias = self.factors[node], node.args[2] if len(node.args) > 2 else None
-            x = value(node.all_input_nodes[0])
-            order = factors.order()
-            return linear(x, factors.w_pivot, factors.coeff, order, value(bias) if isinstance(bias, Node) else None)
-        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-        if not callable(node.target):
-            raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which the sweep cannot run")
-        return node.target(*args, **kwargs)
+            new, bias = self.factors[node], node.args[2] if len(node.args) > 2 else None
+            x, b = value(node.all_input_nodes[0]), value(bias) if isinstance(bias, Node) else None
+            if isinstance(new, Tensor):
+                return nn.functional.linear(x, new, b)
+            return linear(x, new.w_pivot, new.coeff, new.order(), b)
+        return _call(node, value)
 
     def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
         if node in self._constant:
@@ -219,7 +246,7 @@ class _Sums:
         return Statistics(self.gram, self.cross, dense_gram, self.sum_abs / max(self.tokens, 1), self.tokens)
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def tokens_as_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens as rows [tokens, in] in float32, padding left out."""
     rows = x.reshape(-1, x.shape[-1]).float()
     return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows

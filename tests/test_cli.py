@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from pifa_compiler import LayerReport, cli, cli_print
 from pifa_compiler.report import Report
 
-VERBS = ("compress", "eval", "generate", "inspect", "demo")
+VERBS = ("compress", "compare", "eval", "generate", "inspect", "demo")
 SHORT = ("--seqlen", "32", "--samples", "4", "--rank-multiple", "1")
 
 
@@ -121,7 +121,7 @@ def test_compress_as_json_prints_one_object_with_the_keys_that_scripts_read(
 
 def test_the_defaults_are_those_that_the_help_promises() -> None:
     shown = " ".join(pifa("compress", "--help").stdout.replace("│", " ").split())
-    for default in ("0.5", "optimal", "0.25", "0.001", "pydoc", "32", "128", "2048", "0"):
+    for default in ("0.5", "two-sided", "0.25", "gradients", "0.001", "pydoc", "32", "128", "2048", "0"):
         assert f"[default: {default}]" in shown
 
 

@@ -10,12 +10,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "pifa_compiler"
 
 LAYERS: tuple[set[str], ...] = (
-    {"__main__", "cli", "cli_bench", "cli_export", "cli_generate", "cli_inspect", "cli_output", "cli_print", "demo"},
-    {"bench", "bench_onnx"},
+    {
+        *("__main__", "cli", "cli_bench", "cli_compare", "cli_export", "cli_generate", "cli_inspect", "cli_output"),
+        *("cli_print", "demo"),
+    },
+    {"bench", "bench_onnx", "compare"},
     {"compress", "compact", "backend"},
-    {"absorb"},
-    {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration"}
-    | {"pretrained", "calibration", "perplexity", "smollm2"},
+    {"absorb", "group_solver", "targets"},
+    {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
+    | {"pretrained", "calibration", "perplexity", "smollm2"}
+    | {"allocate", "allocators", "output_gradients"},
     {"passes", "export"},
     {"factors", "linear", "linears", "report", "errors"},
     {"kernels"},
@@ -29,6 +33,7 @@ HEAVY_AT_THE_TOP = {
     "pifa_compiler/cli.py": {"typer", "rich"},  # imported by the command only
     "pifa_compiler/cli_bench.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_export.py": {"typer"},  # imported by the command only
+    "pifa_compiler/cli_compare.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_output.py": {"typer"},  # imported by the command only
     "pifa_compiler/cli_print.py": {"rich"},  # imported by the command only
     "pifa_compiler/hf_quantizer.py": {"transformers"},  # derives from its classes; imported by transformers' registry

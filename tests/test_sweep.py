@@ -52,7 +52,7 @@ def test_statistics_are_those_of_the_dense_and_of_the_compressed_model():
         seen[names[0]] = statistics
         return {node: replaced[name] for node, name in zip(group.members, names, strict=True) if name in replaced}
 
-    sweep = Sweep(captured, targets_of(captured, {"gate", "up", "down"}), two_flows=True, dense_gram=True)
+    sweep = Sweep(captured, targets_of(captured, {"gate", "up", "down"}), dense_gram=True)
     sweep.run(solve)
     x = torch.cat(batches).double()
     dense = nn.functional.silu(model.gate.double()(x)) * model.up.double()(x)
@@ -77,7 +77,7 @@ def test_padding_is_left_out_of_the_statistics():
     x[0, 3:] = 1e6
     captured = capture(Gated(), [{"x": x, "attention_mask": mask}])
     seen = []
-    Sweep(captured, targets_of(captured, {"gate"}), two_flows=True).run(lambda group, s: seen.append(s) or {})
+    Sweep(captured, targets_of(captured, {"gate"})).run(lambda group, s: seen.append(s) or {})
     kept = x[mask.bool()].double()
     assert seen[0].tokens == 8
     torch.testing.assert_close(seen[0].gram, kept.T @ kept, rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_every_node_runs_once_a_flow_and_values_are_freed():
     captured = capture(model, batches)
     calls = 0
     names = {str(2 * i) for i in range(depth)}
-    sweep = Sweep(captured, targets_of(captured, names), two_flows=True)
+    sweep = Sweep(captured, targets_of(captured, names))
     evaluate = sweep._evaluate
 
     def counting(node, values, *, compressed):
@@ -109,6 +109,6 @@ def test_an_activation_that_is_not_finite_names_the_layer():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].bias.data[2] = torch.inf
     captured = capture(model, [torch.randn(3, 4)])
-    sweep = Sweep(captured, targets_of(captured, {"0", "1"}), two_flows=True)
+    sweep = Sweep(captured, targets_of(captured, {"0", "1"}))
     with pytest.raises(CalibrationError, match=r"input of 1\.weight is not finite"):
         sweep.run(lambda group, statistics: {})

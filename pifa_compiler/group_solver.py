@@ -1,0 +1,90 @@
+"""From the statistics of a group of linears to their PIFA factors: low-rank by a method, then pivot rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from .factors import PifaFactors, Pivoting, factorize, factorize_jointly
+from .linears import weight_name
+from .reconstruct import Method, Settings, Statistics, relative_error, solve_weighted
+from .report import LayerReport
+from .sweep import Group
+from .targets import Target
+
+
+class GroupSolver:
+    """Makes the factors of linears, a group at a time, and a report of each.
+
+    Args:
+        method, settings: how weights are made low-rank.
+        targets: the linears, and the ranks they shall have.
+        meeting: for a layer whose outputs meet those of others (gate and up), the names of all of them.
+        gradient_grams: sum g g^T at the outputs, [out, out], by weight name; errors count alike without one.
+        pivoting: how pivot rows are chosen.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        settings: Settings,
+        targets: Mapping[Node, Target],
+        meeting: Mapping[str, tuple[str, ...]],
+        gradient_grams: Mapping[str, Tensor],
+        pivoting: Pivoting,
+    ) -> None:
+        self.method, self.settings, self.pivoting = method, settings, pivoting
+        self.targets, self.meeting, self.gradient_grams = targets, meeting, gradient_grams
+        self.layers: dict[str, LayerReport] = {}
+        self.factors: dict[Node, PifaFactors] = {}
+
+    def solve(self, group: Group, statistics: Statistics) -> dict[Node, PifaFactors]:
+        """Factors of the group's members that are to be low-rank."""
+        make_low_rank = self.method.prepare(statistics, self.settings)
+        low_rank = {}
+        for node in group.members:
+            rank, weight = self.targets[node].rank, self.targets[node].weight.double()
+            gram = self.gradient_grams.get(weight_name(node))
+            if rank is not None and gram is not None:
+                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings)
+            elif rank is not None:
+                low_rank[node] = make_low_rank(weight, rank)
+        solved: dict[Node, PifaFactors] = {}
+        for nodes in _sets_of_one_order(low_rank, self.targets, self.meeting):
+            pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
+            solved.update(zip(nodes, self._factorize(nodes, pairs, statistics.gram), strict=True))
+        self.factors.update(solved)
+        for node, factors in solved.items():
+            self._report(node, factors, low_rank[node].notes, statistics.gram)
+        return solved
+
+    def _factorize(
+        self, nodes: Sequence[Node], pairs: Sequence[tuple[Tensor, Tensor]], gram: Tensor
+    ) -> list[PifaFactors]:
+        first = self.targets[nodes[0]]
+        if len(nodes) > 1:
+            return factorize_jointly(pairs, gram=gram, dtype=first.weight.dtype)
+        return [factorize(pairs[0], rank=first.rank, pivoting=self.pivoting, gram=gram, dtype=first.weight.dtype)]
+
+    def _report(self, node: Node, factors: PifaFactors, notes: tuple[str, ...], gram: Tensor) -> None:
+        target = self.targets[node]
+        if target.rank is not None and factors.rank < target.rank:
+            notes += (f"rank lowered from {target.rank} to {factors.rank}: the solution has no more",)
+        error = relative_error(target.weight, factors.dense(), gram)
+        self.layers[target.name] = LayerReport.of_factors(
+            target.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
+        )
+
+
+def _sets_of_one_order(
+    nodes: Iterable[Node], targets: Mapping[Node, Target], meeting: Mapping[str, tuple[str, ...]]
+) -> list[tuple[Node, ...]]:
+    """The nodes of a group, those together whose outputs meet (gate and up) if all of them have one rank."""
+    sets: dict[tuple[str, ...], list[Node]] = {}
+    for node in nodes:
+        sets.setdefault(meeting.get(targets[node].name, (targets[node].name,)), []).append(node)
+    result: list[tuple[Node, ...]] = []
+    for names, members in sets.items():
+        together = len(members) == len(names) and len({targets[node].rank for node in members}) == 1
+        result += [tuple(members)] if together else [(node,) for node in members]
+    return result

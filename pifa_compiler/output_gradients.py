@@ -1,0 +1,296 @@
+"""Output gradients: how much a language model's loss feels an error at the output of each linear.
+
+Replacing the weight W [out, in] of a linear by W' raises the summed cross entropy, to second order and with the
+Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
+
+    || G^1/2 (W - W') A^1/2 ||_F^2        A = sum x x^T, [in, in]        G = sum g g^T, [out, out]
+
+over the calibration tokens, x the linear's input and g the loss's gradient at its output. `dense_statistics` sums both
+in one forward and one backward pass of the dense model over every batch.
+
+No gradient of a weight is ever made. The graph runs in blocks: forward only the values that cross from one block to
+the next are kept, backward each block is computed again from those. Memory holds the sums and one block of one batch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .capture import Captured
+from .errors import CalibrationError
+from .linears import weight_name
+from .reconstruct import Statistics
+from .sweep import Progress, call_node, tokens_as_rows
+
+Values = dict[Node, Any]
+
+_ROWS = 256
+"""Tokens whose probabilities are computed at once, in float32."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Where a graph takes token ids [batch, tokens] and where its logits [batch, tokens, vocabulary] are."""
+
+    tokens: Node
+    logits: Node
+
+
+@dataclass
+class DenseStatistics:
+    """Sums over the calibration tokens in the dense model, in float32, by the names of the linears' weights.
+
+    Attributes:
+        gram: sum x x^T, [in, in]; linears on one input share one tensor.
+        gradient_gram: sum g g^T, [out, out]; g is the gradient of the summed cross entropy at the linear's output.
+        sum_abs: sum |x| of every channel, [in].
+        tokens: how many tokens were summed.
+        no_gradients: why `gradient_gram` is empty; None if it is not.
+    """
+
+    gram: dict[str, Tensor] = field(default_factory=dict)
+    gradient_gram: dict[str, Tensor] = field(default_factory=dict)
+    sum_abs: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    no_gradients: str | None = None
+
+    def of_input(self, name: str) -> Statistics:
+        """The sums at the input of the linear with the weight `name`, as methods of one flow take them."""
+        gram = self.gram[name].double()
+        return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(self.tokens, 1), self.tokens)
+
+
+def find_next_token_loss(captured: Captured) -> NextToken | str:
+    """The next-token loss that a captured model has, or why it has none.
+
+    A causal language model is known by what it does: its logits at a token stay the same when a later token changes.
+    """
+    graph = captured.graph.graph
+    by_node = dict(zip(graph.find_nodes(op="placeholder"), captured.inputs[0], strict=True))
+    whole = [node for node, value in by_node.items() if _is_token_ids(value)]
+    named = [node for node in whole if str(node.target) == "input_ids"]
+    tokens = named[0] if named else whole[0] if len(whole) == 1 else None
+    if tokens is None:
+        return "the model is not called with token ids [batch, 2 or more tokens]"
+    (output,) = graph.find_nodes(op="output")
+    ids, logits = by_node[tokens], None
+    for node in output.all_input_nodes:
+        value = node.meta.get("val")
+        if logits is None and isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] > int(ids.max()):
+            logits = node
+    if logits is None:
+        return "the model gives no logits [batch, tokens, vocabulary]"
+    changed, half = ids.clone(), ids.shape[1] // 2
+    changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
+    before, after = (_logits(captured.graph, {**by_node, tokens: each}, logits) for each in (ids, changed))
+    if before.shape[:2] != ids.shape:
+        return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
+    rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if not torch.allclose(before[:, :half], after[:, :half], rtol=0, atol=rounding):
+        return "its logits at a token depend on later tokens, so it is no causal language model"
+    return NextToken(tokens, logits)
+
+
+def dense_statistics(
+    captured: Captured, targets: Sequence[Node], loss: NextToken, progress: Progress | None = None
+) -> DenseStatistics:
+    """Sums `DenseStatistics` for the linears `targets` over all batches.
+
+    Args:
+        captured: the model's graph and its calibration batches; padding, by the attention mask, is left out.
+        targets: `aten.linear.default` nodes.
+        loss: as `find_next_token_loss` found it.
+        progress: called after each batch.
+
+    Raises:
+        CalibrationError: the graph holds an operation that has no gradient, or a gradient is not finite.
+    """
+    runner = _Backward(captured.graph, targets, loss)
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    for index, (values, mask) in enumerate(zip(captured.inputs, captured.token_masks, strict=True), start=1):
+        runner.add(dict(zip(placeholders, values, strict=True)), mask)
+        if progress is not None:
+            progress(index, len(captured.inputs), "output gradients")
+    for node, gram in runner.gradient_gram.items():
+        if not bool(torch.isfinite(gram).all()):
+            raise CalibrationError(
+                f"the gradient at the output of {weight_name(node)} is not finite; calibrate in float32, "
+                "or pass gradients=False (--no-gradients)"
+            )
+    inputs = {weight_name(node): node.all_input_nodes[0] for node in targets}
+    return DenseStatistics(
+        {name: runner.gram[source] for name, source in inputs.items()},
+        {weight_name(node): gram for node, gram in runner.gradient_gram.items()},
+        {name: runner.sum_abs[source] for name, source in inputs.items()},
+        runner.tokens,
+    )
+
+
+def _is_token_ids(value: Any) -> bool:
+    integer = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return integer and value.ndim == 2 and value.shape[1] >= 2
+
+
+@torch.no_grad()
+def _logits(gm: GraphModule, values: Values, logits: Node) -> Tensor:
+    for block in _blocks(gm, logits, 1):
+        values = _run(gm, block, values)
+    found: Tensor = values[logits]
+    return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Nodes that are computed together, and the values that something after them reads."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+def _blocks(gm: GraphModule, last: Node, count: int) -> list[_Block]:
+    """Cuts what `last` needs into about `count` blocks, where few values cross."""
+    needed, pending = {last}, [last]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - needed
+        needed |= new
+        pending += new
+    nodes = [node for node in gm.graph.nodes if node in needed and node.op not in ("placeholder", "get_attr")]
+    position = {node: index for index, node in enumerate(nodes)}
+    final = {
+        node: max((position[user] for user in node.users if user in position), default=-1)
+        for node in [*gm.graph.find_nodes(op="placeholder"), *nodes]
+    }
+    crossing = [0] * len(nodes)
+    for node in nodes:
+        whole = not isinstance(node.meta.get("val"), tuple | list)
+        for index in range(position[node], final[node]):
+            crossing[index] += 1 if whole else len(nodes)  # gradients are kept for tensors, not for lists of them
+    cuts, size = [0], max(len(nodes) // count, 1)
+    while len(nodes) - cuts[-1] > 1.5 * size:
+        reach = range(cuts[-1] + max(size // 2, 1), cuts[-1] + size + size // 2 + 1)
+        cuts.append(min(reach, key=lambda index: (crossing[index - 1], abs(index - cuts[-1] - size))))
+    cuts.append(len(nodes))
+    blocks = []
+    for start, end in pairwise(cuts):
+        outputs = tuple(node for node, at in final.items() if at >= end and position.get(node, -1) < end)
+        blocks.append(_Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ()))))
+    return blocks
+
+
+def _run(gm: GraphModule, block: _Block, values: Values, seen: Callable[[Node, Any], None] | None = None) -> Values:
+    """Computes a block from the values that cross into it; what crosses out of it."""
+    values = dict(values)
+    for node in block.nodes:
+        values[node] = call_node(gm, node, values)
+        if seen is not None:
+            seen(node, values)
+    return {node: values[node] for node in block.outputs if node in values}
+
+
+class _Backward:
+    """Forward and backward passes over a graph, batch by batch, and their running sums."""
+
+    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken) -> None:
+        self.gm, self.loss, self.targets = gm, loss, frozenset(targets)
+        self._summed: set[Node] = set()  # inputs of the batch at hand
+        self.blocks = _blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
+        self.gram: dict[Node, Tensor] = {}
+        self.gradient_gram: dict[Node, Tensor] = {}
+        self.sum_abs: dict[Node, Tensor] = {}
+        self.tokens = 0
+
+    def add(self, inputs: Values, mask: Tensor | None) -> None:
+        """Adds one batch."""
+        ids = inputs[self.loss.tokens]
+        self._summed.clear()
+        kept = [inputs]
+        with torch.no_grad():
+            for block in self.blocks[:-1]:
+                kept.append(_run(self.gm, block, kept[-1]))
+        gradients: dict[Node, Tensor] | None = None
+        for block in reversed(self.blocks):
+            gradients = self._block_back(block, kept.pop(), gradients, ids, mask)
+
+    def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
+        if source in self._summed:
+            return
+        self._summed.add(source)
+        rows = tokens_as_rows(values[source].detach(), mask)
+        self.tokens += len(rows) if len(self._summed) == 1 else 0
+        _add(self.gram, source, rows.T @ rows)
+        _add(self.sum_abs, source, rows.abs().sum(dim=0))
+
+    def _block_back(
+        self,
+        block: _Block,
+        inputs: Values,
+        gradients: Mapping[Node, Tensor] | None,
+        ids: Tensor,
+        mask: Tensor | None,
+    ) -> dict[Node, Tensor]:
+        """Gradients at the values that cross into a block, from those at the values that cross out of it.
+
+        None are those of the loss: the last block is computed once, and its logits are held no longer than needed.
+        """
+        leaves = {
+            node: value.detach().requires_grad_()
+            for node, value in inputs.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        met: dict[Node, Tensor] = {}
+
+        def note(node: Node, values: Values) -> None:
+            if node in self.targets:
+                met[node] = values[node] if values[node].requires_grad else values[node].requires_grad_()
+                self._sum_inputs(node.all_input_nodes[0], values, mask)
+
+        with torch.enable_grad():
+            outputs = _run(self.gm, block, {**inputs, **leaves}, note)
+        if gradients is None:
+            gradients = {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), ids, mask)}
+        ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
+        wanted = [*leaves, *met]
+        if not (ends and wanted):
+            return {}
+        at, along = [outputs[node] for node in ends], [gradients[node] for node in ends]
+        try:
+            found = torch.autograd.grad(at, [*leaves.values(), *met.values()], along, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise CalibrationError(
+                f"the model has no gradients at {block.nodes[0].name}..{block.nodes[-1].name}: {error}; "
+                "pass gradients=False (--no-gradients)"
+            ) from error
+        back = {node: gradient for node, gradient in zip(wanted, found, strict=True) if gradient is not None}
+        for node in met:
+            if node in back:
+                rows = tokens_as_rows(back[node], mask)
+                _add(self.gradient_gram, node, rows.T @ rows)
+        return {node: gradient for node, gradient in back.items() if node in leaves}
+
+
+def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
+    if node in sums:
+        sums[node] += term
+    else:
+        sums[node] = term
+
+
+def _logits_gradient(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of the summed cross entropy of every next token, [batch, tokens, vocabulary]: softmax minus one-hot."""
+    gradient = torch.zeros_like(logits)
+    counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    for row in range(ids.shape[0]):
+        for start in range(0, ids.shape[1] - 1, _ROWS):
+            end = min(start + _ROWS, ids.shape[1] - 1)
+            probabilities = logits[row, start:end].float().softmax(dim=-1)
+            wanted = ids[row, start + 1 : end + 1].long()
+            probabilities[torch.arange(end - start), wanted] -= 1
+            probabilities *= (counts[row, start:end] & counts[row, start + 1 : end + 1])[:, None]
+            gradient[row, start:end] = probabilities.to(gradient.dtype)
+    return gradient

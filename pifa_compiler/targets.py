@@ -1,0 +1,184 @@
+"""Which linears of a captured model are compressed, which are left alone and why, and what their ranks are to be."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .allocators import ALLOCATORS, Budget, Layer
+from .errors import CaptureError, ConfigError, RankError
+from .factors import stored_numbers
+from .linears import (
+    embedding_storages,
+    is_plain_linear,
+    is_transposed,
+    module_at,
+    uses_of_weights,
+    weight_name,
+    weight_of,
+)
+from .output_gradients import DenseStatistics
+from .report import LayerReport
+
+_SOFTMAX = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear to compress: where it is and the rank it shall have (None: it stays dense, for `reason`)."""
+
+    name: str
+    weight: Tensor  # [out, in], a view of the model's own
+    rank: int | None
+    reason: str | None = None
+
+
+def find_linears(
+    model: nn.Module, graph: GraphModule, skip: Sequence[str], ranks: Mapping[str, int]
+) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
+    """The linears to compress with their names and weights [out, in], and reports of those to leave alone."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    if not nodes:
+        raise CaptureError(f"{type(model).__name__} has no dense linear layers left to compress")
+    uses = uses_of_weights(graph)
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    embedded = embedding_storages(model)
+    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    output = head() if callable(head) else None
+    found: dict[Node, tuple[str, Tensor]] = {}
+    reports: dict[str, LayerReport] = {}
+    patterns = set(skip)
+    for node in nodes:
+        full_name = weight_name(node)
+        name = full_name.removesuffix(".weight")
+        parameter = parameters.get(full_name)
+        if parameter is None:
+            continue
+        weight = parameter.detach().T if is_transposed(node) else parameter.detach()
+        owner = module_at(model, name)
+        matched = [pattern for pattern in skip if fnmatchcase(name, pattern)]
+        patterns -= set(matched)
+        if weight.untyped_storage().data_ptr() in embedded:
+            reason = "weight is tied to an embedding"
+        elif output is not None and owner is output:
+            reason = "output head"
+        elif matched:
+            reason = f"skipped by pattern {matched[0]!r}"
+        elif uses[full_name] > 1:
+            reason = f"weight is used by {uses[full_name]} linears"
+        elif not isinstance(model, GraphModule) and not is_plain_linear(owner):
+            reason = f"weight belongs to a {type(owner).__name__}, not to a plain linear layer"
+        else:
+            found[node] = (name, weight)
+            continue
+        reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+    for name, module in model.named_modules():
+        seen = name in reports or any(name == known for known, _ in found.values())
+        if is_plain_linear(module) and not seen:
+            d_out, d_in = weight_of(module).shape
+            reason = "not reached when the model is called as the calibration batches call it"
+            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
+    unknown = patterns | {p for p in ranks if not any(fnmatchcase(name, p) for name, _ in found.values())}
+    if unknown:
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
+        raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
+    if not found:
+        raise CaptureError("every linear of the model is skipped; nothing is left to compress")
+    return found, list(reports.values())
+
+
+def give_ranks(
+    found: Mapping[Node, tuple[str, Tensor]],
+    meeting: Mapping[str, tuple[str, ...]],
+    statistics: DenseStatistics,
+    attention: Set[Node],
+    *,
+    allocator: str,
+    budget: Budget,
+    fixed: Mapping[str, int],
+) -> dict[Node, Target]:
+    """The rank of every linear that was found, or why it stays dense.
+
+    Args:
+        found: names and weights [out, in] by node.
+        meeting: for a layer whose outputs meet those of others (gate and up), the names of all of them.
+        statistics: of the dense model, as far as the allocator needs them.
+        attention: the linears in front of and behind attention.
+        allocator: a name in `ALLOCATORS`.
+        budget: of the layers that no pattern of `fixed` matches.
+        fixed: ranks by name pattern, the first that matches counts.
+
+    Raises:
+        RankError: a fixed rank does not exist for its weight, or the density leaves no room for rank 1.
+    """
+    targets: dict[Node, Target] = {}
+    sets: dict[tuple[object, ...], list[Node]] = {}
+    for node, (name, weight) in found.items():
+        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(name, pattern)]
+        if ranks:
+            targets[node] = _fixed(name, weight, ranks[0])
+        elif budget.density == 1:
+            targets[node] = Target(name, weight, None, "density 1 keeps every weight dense")
+        else:
+            sets.setdefault((meeting.get(name, name), *weight.shape), []).append(node)
+    layers = [
+        [
+            Layer(
+                *found[node],
+                attention=node in attention,
+                gram=statistics.gram.get(weight_name(node)),
+                gradient_gram=statistics.gradient_gram.get(weight_name(node)),
+            )
+            for node in nodes
+        ]
+        for nodes in sets.values()
+    ]
+    ranks_of_sets = ALLOCATORS[allocator].ranks(layers, budget) if layers else []
+    for nodes, rank in zip(sets.values(), ranks_of_sets, strict=True):
+        reason = f"the allocator {allocator} keeps it dense at density {budget.density}" if rank is None else None
+        targets.update({node: Target(*found[node], rank, reason) for node in nodes})
+    return {node: targets[node] for node in found}
+
+
+def _fixed(name: str, weight: Tensor, rank: int) -> Target:
+    d_out, d_in = weight.shape
+    if rank > min(d_out, d_in):
+        raise RankError(f"{name}: rank {rank} asked for a weight [{d_out}, {d_in}], at most {min(d_out, d_in)} exists")
+    if stored_numbers(d_out, d_in, rank) >= d_out * d_in:
+        return Target(name, weight, None, f"PIFA at rank {rank} would not be smaller than the dense weight")
+    return Target(name, weight, rank)
+
+
+def find_attention(graph: GraphModule) -> set[Node]:
+    """The linears that make queries, keys and values, and those that read what attention gives.
+
+    Attention is known by its softmax: no linear lies between it and these.
+    """
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.target in _SOFTMAX:
+            found |= _nearest_linears(node, lambda node: node.all_input_nodes)
+            found |= _nearest_linears(node, lambda node: list(node.users))
+    return found
+
+
+def _nearest_linears(start: Node, neighbours: Callable[[Node], list[Node]]) -> set[Node]:
+    found: set[Node] = set()
+    seen, pending = {start}, [start]
+    while pending:
+        for node in neighbours(pending.pop()):
+            if node in seen or node.op == "get_attr":
+                continue
+            seen.add(node)
+            if node.target is torch.ops.aten.linear.default:
+                found.add(node)
+            else:
+                pending.append(node)
+    return found

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from tiny_models import tiny_llama
+from torch import nn
+from torch.nn import functional as F
+
+from pifa_compiler.capture import capture
+from pifa_compiler.errors import CalibrationError
+from pifa_compiler.linears import weight_name
+from pifa_compiler.output_gradients import NextToken, _blocks, dense_statistics, find_next_token_loss
+
+transformers = pytest.importorskip("transformers")
+
+
+def linears_of(captured, *, head: bool = False):
+    nodes = captured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return [node for node in nodes if head or "lm_head" not in weight_name(node)]
+
+
+def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
+    """sum x x^T and sum g g^T of every linear, from hooks on the whole model and one backward pass for each call."""
+    grams: dict[str, torch.Tensor] = {}
+    gradient_grams: dict[str, torch.Tensor] = {}
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, x, y, name=name: outputs.update({name: (x[0].detach(), y)}))
+    for call in calls:
+        mask = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
+        scores = model(**call, use_cache=False).logits
+        counted = (mask[:, :-1] & mask[:, 1:]).reshape(-1)
+        wanted = call["input_ids"][:, 1:].reshape(-1)[counted]
+        loss = F.cross_entropy(scores[:, :-1].reshape(len(counted), -1)[counted], wanted, reduction="sum")
+        names = [name for name in outputs if name != "lm_head"]
+        for name, g in zip(names, torch.autograd.grad(loss, [outputs[n][1] for n in names]), strict=True):
+            x, g = outputs[name][0][mask], g[mask]
+            grams[name] = grams.get(name, 0) + x.T @ x
+            gradient_grams[name] = gradient_grams.get(name, 0) + g.T @ g
+    return grams, gradient_grams
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_both_sums_are_those_of_autograd_on_the_whole_model(padded):
+    model = tiny_llama(num_hidden_layers=4)
+    calls = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
+    if padded:
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        mask[1, 9:] = 0
+        calls = [{**call, "attention_mask": mask} for call in calls]
+    captured = capture(model, calls)
+    loss = find_next_token_loss(captured)
+    found = dense_statistics(captured, linears_of(captured), loss)
+    grams, gradient_grams = by_autograd(model, calls)
+    assert found.tokens == 3 * (21 if padded else 24)
+    assert {name.removesuffix(".weight") for name in found.gradient_gram} == set(gradient_grams) == set(grams)
+    for name in grams:
+        for got, wanted in ((found.gram, grams), (found.gradient_gram, gradient_grams)):
+            scale = float(wanted[name].abs().max())
+            # float32 through four layers, forward and back
+            torch.testing.assert_close(got[f"{name}.weight"], wanted[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
+    model = tiny_llama(num_hidden_layers=6)
+    captured = capture(model, [torch.randint(0, 64, (1, 12))])
+    loss = find_next_token_loss(captured)
+    dense_statistics(captured, linears_of(captured), loss)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    blocks = _blocks(captured.graph, loss.logits, 6)
+    nodes = [node for block in blocks for node in block.nodes]
+    assert len(nodes) == len(set(nodes))
+    assert 5 <= len(blocks) <= 9
+    residual = [node for block in blocks[1:-1] for node in block.outputs if node.meta["val"].shape == (1, 12, 32)]
+    assert len(residual) <= len(blocks) - 2  # cut between decoder layers, one such value crosses
+
+
+def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    return transformers.BertForMaskedLM(config).eval(), {"input_ids": torch.randint(3, 50, (2, 9))}
+
+
+def encoder() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4)), torch.randint(0, 20, (2, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (bert, "depend on later tokens"),
+        (lambda: (nn.Linear(4, 4), torch.randn(2, 4)), "not called with token ids"),
+        (encoder, "gives no logits"),
+    ],
+)
+def test_other_models_have_no_next_token_loss_and_it_is_said_why(make, words):
+    model, call = make()
+    assert words in find_next_token_loss(capture(model, [call]))
+
+
+def test_a_plain_module_that_predicts_tokens_has_one():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 20))
+    captured = capture(model, [torch.randint(0, 20, (2, 6))])
+    loss = find_next_token_loss(captured)
+    assert isinstance(loss, NextToken)
+    found = dense_statistics(captured, linears_of(captured), loss)
+    assert set(found.gradient_gram) == {"1.weight", "3.weight"}
+
+
+def test_gradients_that_are_not_finite_name_the_weight_and_the_way_out():
+    model = tiny_llama()
+    captured = capture(model, [torch.randint(0, 64, (1, 8))])
+    loss = find_next_token_loss(captured)
+    model.model.norm.weight.data[3] = torch.inf
+    with pytest.raises(CalibrationError, match=r"gradient at the output of .*\.weight is not finite.*--no-gradients"):
+        dense_statistics(captured, linears_of(captured), loss)
