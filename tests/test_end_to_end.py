@@ -25,7 +25,7 @@ def compressed() -> tuple[Any, Any, pc.Report]:
     model, tokenizer = load_model(smollm2_file()), load_tokenizer(smollm2_file())
     batches = calibration_batches("pydoc", model, tokenizer, samples=2, seqlen=512)
     report = pc.compress(model, batches, pc.CompressConfig(density=0.7, rank_multiple=16))
-    yield model, tokenizer, report
+    return model, tokenizer, report
 
 
 def test_the_report_is_true_of_the_model(compressed):
