@@ -162,7 +162,7 @@ def factorize_jointly(
 
     Swaps go on until no exchange of a row enlarges the product of the volumes that the pivot rows span in each weight.
     Single coefficients are not bounded by that as they are in `factorize`; on random and on real weights the largest
-    was below 3.
+    was below 4.
 
     Args:
         weights: each as in `factorize`, all with as many rows. All get the smallest of their numerical ranks.
