@@ -187,12 +187,8 @@ def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
         raise CheckpointError(
             "no layer of this model is in PIFA form: compress() it first, or call its own save_pretrained"
         )
-    before = getattr(model.config, "quantization_config", None)
-    if before is not None and not _is_pifa(model.config):
-        raise CheckpointError(
-            "this model is also quantized by another method, which cannot be saved with PIFA layers; undo that first"
-        )
-    kept = dict(before or {})
+    refuse_other_quantization(model)
+    kept = dict(getattr(model.config, "quantization_config", None) or {})
     config = PifaConfig(
         ranks,
         method=report.method if report else kept.get("method"),
@@ -207,6 +203,21 @@ def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
     attach(model, config)
     settings: dict[str, Any] = config.to_dict()
     return settings
+
+
+def refuse_other_quantization(model: Any) -> None:
+    """Nothing for a model that `describe` will be able to describe once it has layers in PIFA form.
+
+    Raises:
+        CheckpointError: its config says that it is quantized by another method.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None and not _is_pifa(config):
+        raise CheckpointError(
+            "this model's config says that it is quantized by another method, which cannot be saved with PIFA layers; "
+            "if its weights are plain numbers all the same (transformers makes them so from a GGUF file), "
+            "del model.config.quantization_config first"
+        )
 
 
 def describe_if_pretrained(model: Any, report: Report) -> None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node, symbolic_trace
 
 from .absorb import absorb_orders, layer_sites
 from .capture import Batch, capture
-from .checkpoint import describe_if_pretrained
+from .checkpoint import describe_if_pretrained, refuse_other_quantization
 from .errors import CaptureError
 from .factors import PifaFactors, factorize, stored_numbers
 from .linear import PifaLinear
@@ -44,8 +44,12 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
 
     Returns:
         What was done: an entry for every linear or pair, those left alone with their reason.
+
+    Raises:
+        CheckpointError: the model's config says that it is quantized by another method.
     """
     started = time.perf_counter()
+    refuse_other_quantization(model)
     report = Report("lossless", None, params_before=count_numbers(model))
     _compact_chains(model, report)
     _compact_graph_pairs(model, example, report)

@@ -12,7 +12,7 @@ from . import reconstruct
 from .absorb import absorb_orders, layer_sites
 from .allocators import ALLOCATORS, Budget
 from .capture import Batch, Captured, capture
-from .checkpoint import describe_if_pretrained
+from .checkpoint import describe_if_pretrained, refuse_other_quantization
 from .errors import CalibrationError, ConfigError, RankError
 from .factors import PifaFactors, Pivoting
 from .group_solver import GroupSolver
@@ -118,10 +118,12 @@ def compress(
         CaptureError: the model cannot be captured as one graph, or has no linears.
         CalibrationError: the batches are missing, of mixed structure, or make activations or gradients that are not
             finite.
+        CheckpointError: the model's config says that it is quantized by another method.
     """
     config = config or CompressConfig()
     started = time.perf_counter()
     calls = list(batches)
+    refuse_other_quantization(model)
     _check_token_ids(model, calls)
     _check_weights(model)
     captured = capture(model, calls)

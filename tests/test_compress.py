@@ -9,7 +9,7 @@ from torch.fx import symbolic_trace
 import pifa_compiler as pc
 from pifa_compiler.allocators import ALLOCATORS
 from pifa_compiler.compress import measure
-from pifa_compiler.errors import CalibrationError, CaptureError, ConfigError, RankError
+from pifa_compiler.errors import CalibrationError, CaptureError, CheckpointError, ConfigError, RankError
 from pifa_compiler.factors import stored_numbers
 from pifa_compiler.reconstruct import METHODS
 
@@ -322,6 +322,12 @@ def nan_weight() -> nn.Module:
     return model
 
 
+def quantized_llama() -> nn.Module:
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "batches", "config", "kind", "words"),
     [
@@ -335,6 +341,7 @@ def nan_weight() -> nn.Module:
         (mlp, mlp_batches(), {"ranks": {"0": 33}}, RankError, "0: rank 33"),
         (mlp, mlp_batches(), {"density": 0.01}, RankError, "no room for rank 1"),
         (llama, [torch.full((1, 8), 96)], {}, CalibrationError, r"vocabulary in 0\.\.95"),
+        (quantized_llama, [torch.full((1, 8), 95)], {}, CheckpointError, "another method.* del model"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_the_model_as_it_was(make, batches, config, kind, words):
