@@ -26,7 +26,7 @@ from .capture import Captured
 from .errors import CalibrationError
 from .linears import weight_name
 from .reconstruct import Statistics
-from .sweep import Progress, call_node, tokens_as_rows
+from .sweep import Progress, call_node, gram_matrix, tokens_as_rows
 
 Values = dict[Node, Any]
 
@@ -223,7 +223,7 @@ class _Backward:
         self._summed.add(source)
         rows = tokens_as_rows(values[source].detach(), mask)
         self.tokens += len(rows) if len(self._summed) == 1 else 0
-        _add(self.gram, source, rows.T @ rows)
+        _add(self.gram, source, gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
     def _block_back(
@@ -270,7 +270,7 @@ class _Backward:
         for node in met:
             if node in back:
                 rows = tokens_as_rows(back[node], mask)
-                _add(self.gradient_gram, node, rows.T @ rows)
+                _add(self.gradient_gram, node, gram_matrix(rows))
         return {node: gradient for node, gradient in back.items() if node in leaves}
 
 

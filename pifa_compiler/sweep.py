@@ -28,6 +28,9 @@ from .reconstruct import Statistics
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what) while long work goes on."""
 
+_GRAM_BLOCK = 384
+"""Columns of a Gram matrix multiplied at once: wide enough that a product runs at full speed."""
+
 Values = dict[Node, Any]
 Flow = Literal["both", "dense", "compressed"]
 
@@ -227,11 +230,11 @@ class _Sums:
     def add(self, dense: Tensor, compressed: Tensor) -> None:
         # float32 within a batch (at most some thousand tokens), float64 across batches.
         same = dense is compressed
-        gram = (compressed.T @ compressed).double()
+        gram = gram_matrix(compressed).double()
         self.gram = self.gram + gram
         self.cross = self.cross + (gram if same else (dense.T @ compressed).double())
         if self.wants_dense_gram:
-            self.dense_gram = self.dense_gram + (gram if same else (dense.T @ dense).double())
+            self.dense_gram = self.dense_gram + (gram if same else gram_matrix(dense).double())
         self.sum_abs = self.sum_abs + dense.abs().sum(dim=0).double()
         self.tokens += len(dense)
 
@@ -250,6 +253,19 @@ def tokens_as_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens as rows [tokens, in] in float32, padding left out."""
     rows = x.reshape(-1, x.shape[-1]).float()
     return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """rows^T rows, [n, n], for rows [tokens, n]; a third of the products are not computed but mirrored."""
+    n = rows.shape[1]
+    if n <= _GRAM_BLOCK:
+        return rows.T @ rows
+    gram = rows.new_empty(n, n)
+    for start in range(0, n, _GRAM_BLOCK):
+        end = min(start + _GRAM_BLOCK, n)
+        torch.mm(rows[:, start:end].T, rows[:, start:], out=gram[start:end, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
+    return gram
 
 
 def _downstream(gm: GraphModule, roots: Iterable[Node]) -> set[Node]:

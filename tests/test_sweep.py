@@ -7,7 +7,7 @@ from pifa_compiler import factorize
 from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.linears import weight_name
-from pifa_compiler.sweep import Sweep, plan
+from pifa_compiler.sweep import Sweep, gram_matrix, plan
 
 
 class Gated(nn.Module):
@@ -38,6 +38,14 @@ def test_plan_groups_linears_on_one_input_and_stops_at_the_last():
     computed = [node for segment in segments for node in segment.nodes]
     assert len(computed) == len(set(computed)) == 4  # gate, up, silu, mul; neither down nor the head runs
     assert not any(node.op == "call_function" and "add" in str(node.target) for node in computed)
+
+
+@pytest.mark.parametrize("n", [3, 384, 385, 900])
+def test_the_gram_matrix_is_whole(n: int):
+    rows = torch.randn(50, n)
+    gram = gram_matrix(rows)
+    # 50 terms in float32: 50 * 2^-24 of the sum of their sizes
+    torch.testing.assert_close(gram.double(), rows.double().T @ rows.double(), rtol=0, atol=50 * 2**-24 * 200)
 
 
 def test_statistics_are_those_of_the_dense_and_of_the_compressed_model():
