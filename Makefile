@@ -1,7 +1,7 @@
 # Every target works on a fresh clone: the first one that runs makes the virtual environment.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PARALLEL := --numprocesses auto --dist loadgroup
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint types bench
 

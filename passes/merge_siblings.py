@@ -28,15 +28,17 @@ class MergeSiblings(Rewrite):
 
     def match(self, gm: GraphModule, node: Node) -> list[Node] | Skip | None:
         """The linears to merge with `node`, itself first; None if it has none behind it."""
-        siblings = [user for user in gm.graph.nodes if user.target in self.targets and user.args[0] is node.args[0]]
+        x = node.all_input_nodes[0]
+        siblings = sorted(user for user in x.users if user.target in self.targets and user.args[0] is x)
         if len(siblings) < 2 or siblings[0] is not node:
             return None
         operands = {operand for sibling in siblings for operand in sibling.all_input_nodes[1:]}
         if any(operand.op not in ("get_attr", "placeholder") for operand in operands):
             return Skip("siblings stay apart: a weight is computed in the graph")
-        nodes = list(gm.graph.nodes)
-        if any(writes(between) for between in nodes[nodes.index(node) : nodes.index(siblings[-1])]):
-            return Skip("siblings stay apart: the graph writes in place between them")
+        between = node
+        while (between := between.next) is not siblings[-1]:
+            if writes(between):
+                return Skip("siblings stay apart: the graph writes in place between them")
         return siblings
 
     def rewrite(self, gm: GraphModule, node: Node, found: list[Node]) -> Node:

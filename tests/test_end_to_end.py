@@ -15,8 +15,8 @@ from pifa_compiler.linears import count_numbers
 from pifa_compiler.perplexity import perplexity
 from pifa_compiler.pretrained import load_model, load_tokenizer
 
-# One worker compresses the model for all of them; that takes longer where others compete for the cores.
-pytestmark = [pytest.mark.xdist_group("compressed"), pytest.mark.timeout(900)]
+# The model is compressed once for all of them, which takes longer where others compete for the cores.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
