@@ -20,7 +20,7 @@ from .linears import count_numbers, is_plain_linear, linears_in_order, module_at
 from .output_gradients import DenseStatistics, dense_statistics, find_next_token_loss
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
-from .sweep import Group, Progress, Sweep, groups
+from .sweep import Flow, Group, Progress, Sweep, groups
 from .targets import find_attention, find_linears, give_ranks
 
 
@@ -32,7 +32,9 @@ class CompressConfig:
         density: stored numbers (row orders included) over dense numbers, of the linears that are compressed, in (0, 1];
             never exceeded in total, whatever single layers get. At 1 nothing is changed.
         method: how weights are made low-rank, a name in `reconstruct.METHODS`.
-        mix: f in [0, 1]: the share of the dense model's inputs in M's target Y = (1 - f) W X_u + f W X_o.
+        mix: f in [0, 1]: the share of the dense model in M's target Y = (1 - f) W X_u + f W X_o. Where the output is
+            added to a residual stream H, `two-sided` takes (1 - f) W X_u + f (W X_o + H_o - H_u), so that a later layer
+            makes up for part of what earlier ones lost.
         damping: regularisation of `two-sided` and `optimal`: this times the mean diagonal of the inputs' Gram matrix.
         ranks: ranks by name pattern (`fnmatch`; the first that matches counts); such layers do not follow `density`.
         skip: name patterns of linears to leave dense; they do not count for the density.
@@ -42,8 +44,8 @@ class CompressConfig:
         allocator: how the density is shared out over the layers, a name in `allocators.ALLOCATORS`; None takes the
             method's own, "global" for `two-sided` and "uniform" for the others, as they were published.
         gradients: whether `two-sided` weighs output errors by the gradients of the model's loss. That takes one
-            backward pass over the batches and a causal language model; for others, and without it, `two-sided` is
-            `optimal` at the ranks of `allocator`.
+            backward pass over the batches and a causal language model; for others, and without it, the errors of all
+            outputs count alike.
         gradient_damping: as `damping`, of the Gram matrix of these gradients.
 
     Raises:
@@ -160,7 +162,8 @@ def compress(
             for group in groups(captured.graph.graph, active):
                 solver.solve(group, statistics.of_input(weight_name(group.members[0])))
         else:
-            sweep = Sweep(captured, active, flows="both" if method.two_flows else "dense", dense_gram=method.dense_gram)
+            flows: Flow = "both" if method.two_flows else "dense"
+            sweep = Sweep(captured, active, flows=flows, dense_gram=method.dense_gram, drift=method.drift)
             sweep.run(solver.solve, progress)
             report.activation_bytes = sweep.peak_bytes
         layers.update(solver.layers)

@@ -44,11 +44,11 @@ class GroupSolver:
         low_rank = {}
         for node in group.members:
             rank, weight = self.targets[node].rank, self.targets[node].weight.double()
-            gram = self.gradient_grams.get(weight_name(node))
+            gram, drift = (found.get(weight_name(node)) for found in (self.gradient_grams, statistics.drift))
             if rank is not None and gram is not None:
-                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings)
+                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings, drift)
             elif rank is not None:
-                low_rank[node] = make_low_rank(weight, rank)
+                low_rank[node] = make_low_rank(weight, rank, *((drift,) if drift is not None else ()))
         solved: dict[Node, PifaFactors] = {}
         for nodes in _sets_of_one_order(low_rank, self.targets, self.meeting):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]

@@ -7,7 +7,7 @@ A method maps statistics to a function from (W, rank) to `LowRank` factors U [ou
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Statistics:
         dense_gram: sum x_o x_o^T, [in, in]; the same as `gram` unless the method asked for both.
         mean_abs: mean |x_o| of every channel, [in].
         tokens: how many tokens were summed.
+        drift: of linears whose output is added to a value h (the residual stream), by the name of their weights:
+            sum (h_o - h_u) x_u^T, [out, in], h_o in the dense model and h_u in the compressed one.
     """
 
     gram: Tensor
@@ -30,6 +32,7 @@ class Statistics:
     dense_gram: Tensor
     mean_abs: Tensor
     tokens: int
+    drift: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Settings:
     """Knobs of the methods.
 
     Attributes:
-        mix: f in the target Y = (1 - f) W X_u + f W X_o; the paper's recipe takes 0.25.
+        mix: f in the target Y = (1 - f) W X_u + f W X_o; the paper's recipe takes 0.25. With a drift the target is
+            (1 - f) W X_u + f (W X_o + H_o - H_u): what brings the sum closer to that of the dense model.
         damping: multiple of the Gram matrix's mean diagonal that `optimal` adds to it.
         gradient_damping: the same of the Gram matrix of the output gradients, in `solve_weighted`.
     """
@@ -56,8 +60,8 @@ class LowRank:
     notes: tuple[str, ...] = ()
 
 
-Solve = Callable[[Tensor, int], LowRank]
-"""(weight [out, in] float64, rank) -> factors."""
+Solve = Callable[..., LowRank]
+"""(weight [out, in] float64, rank) -> factors; of a method with `drift` also (weight, rank, drift [out, in])."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Method:
         prepare: (statistics, settings) -> `Solve`; what linears on one input share is computed once, here.
         two_flows: whether it looks at the inputs of the compressed model too; if not, the sweep runs the dense only.
         dense_gram: whether a method of two flows wants the dense model's Gram matrix as well.
+        drift: whether it makes up for what the values lack that outputs are added to (see `Statistics`).
         gradients: whether output errors are weighted by the gradients of the loss (see `solve_weighted`).
         allocator: how ranks are shared out unless asked otherwise, a name in `allocators.ALLOCATORS`.
     """
@@ -75,6 +80,7 @@ class Method:
     prepare: Callable[[Statistics, Settings], Solve]
     two_flows: bool = False
     dense_gram: bool = False
+    drift: bool = False
     gradients: bool = False
     allocator: str = "uniform"
 
@@ -181,7 +187,7 @@ def optimal(statistics: Statistics, settings: Settings) -> Solve:
     """The exact minimiser of M's objective at this rank (reduced-rank regression; SAES-SVD, arXiv 2602.03051).
 
     With L L^T = A + eps I and T = W (f B + (1 - f) A + eps I), the rank-r truncation of T L^-T, times L^-1. The
-    regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0.
+    regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0. With a drift D, T has f D more.
     """
     gram = statistics.gram
     eps = settings.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -190,8 +196,11 @@ def optimal(statistics: Statistics, settings: Settings) -> Solve:
     few = statistics.tokens < len(gram)
     notes = (*whitening.notes, *((f"{statistics.tokens} tokens for {len(gram)} channels",) if few else ()))
 
-    def solve(weight: Tensor, rank: int) -> LowRank:
-        u, v = truncate(weight @ whitened, rank)
+    def solve(weight: Tensor, rank: int, drift: Tensor | None = None) -> LowRank:
+        target = weight @ whitened
+        if drift is not None:
+            target += settings.mix * drift @ whitening.inverse.T
+        u, v = truncate(target, rank)
         return LowRank(u, v @ whitening.inverse, notes)
 
     return solve
@@ -202,7 +211,9 @@ def _mixed(statistics: Statistics, settings: Settings) -> Tensor:
     return settings.mix * statistics.cross + (1 - settings.mix) * statistics.gram
 
 
-def solve_weighted(solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings) -> LowRank:
+def solve_weighted(
+    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings, drift: Tensor | None = None
+) -> LowRank:
     """A method's answer where an error e at the output costs e^T G e instead of e^T e.
 
     The weight R W with R^T R = G is made low-rank, and R taken off again: for `optimal` that is the exact minimiser,
@@ -215,19 +226,21 @@ def solve_weighted(solve: Solve, weight: Tensor, rank: int, gradient_gram: Tenso
         rank: of the result.
         gradient_gram: G, [out, out], any scale; `settings.gradient_damping` of its mean diagonal is added to it.
         settings: of the method.
+        drift: [out, in], float64, for a method that asks for it.
     """
+    given = (drift,) if drift is not None else ()
     gram = gradient_gram.double()
     scale = float(gram.diagonal().mean())
     if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
-        return solve(weight, rank)
+        return solve(weight, rank, *given)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(gram / scale + settings.gradient_damping * eye).T
-    found = solve(root @ weight, rank)
+    found = solve(root @ weight, rank, *(root @ each for each in given))
     return LowRank(torch.linalg.solve_triangular(root, found.u, upper=True), found.v, found.notes)
 
 
 METHODS: Mapping[str, Method] = {
-    "two-sided": Method(optimal, two_flows=True, gradients=True, allocator="global"),
+    "two-sided": Method(optimal, two_flows=True, drift=True, gradients=True, allocator="global"),
     "optimal": Method(optimal, two_flows=True),
     "mpifa": Method(mpifa, two_flows=True, dense_gram=True),
     "svd-llm": Method(svd_llm),

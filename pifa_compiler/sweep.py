@@ -8,7 +8,7 @@ values are freed after their last use, and the walk ends at the last linear to c
 computed. There are no layer names in it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
@@ -45,10 +45,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Segment:
-    """What is computed for all batches before `group` can be solved."""
+    """What is computed for all batches before `group` can be solved.
+
+    Attributes:
+        nodes: in the order of the graph.
+        group: the linears.
+        addends: for members whose output is added to other values: those.
+    """
 
     nodes: tuple[Node, ...]
     group: Group
+    addends: Mapping[Node, tuple[Node, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,16 +72,26 @@ class Flows:
             values.pop(node, None)
 
 
-def plan(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Segment]:
-    """Segments in the order of the graph; nodes that no target's input needs are in none of them."""
+def plan(graph: torch.fx.Graph, targets: Iterable[Node], *, drift: bool = False) -> list[Segment]:
+    """Segments in the order of the graph; nodes that no target's input needs are in none of them.
+
+    With `drift` also what targets' outputs are added to is computed. Where several outputs are added to one value (the
+    attention's and the MLP's in parallel) the last of these linears has all others among its addends, and they none:
+    what is lacking is made up for once.
+    """
     position = {node: index for index, node in enumerate(graph.nodes)}
+    unsolved = set(targets)
     done: set[Node] = set()
     segments = []
-    for group in groups(graph, targets):
-        needed = sorted(_ancestors(group.source) - done, key=position.__getitem__)
+    for group in groups(graph, unsolved):
+        addends = {member: tuple(_addends(member)) for member in group.members if drift}
+        addends = {member: nodes for member, nodes in addends.items() if nodes and not unsolved & _ancestors(*nodes)}
+        unsolved -= set(group.members)
+        wanted = _ancestors(group.source, *(node for nodes in addends.values() for node in nodes))
+        needed = sorted(wanted - done, key=position.__getitem__)
         done.update(needed)
         computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
-        segments.append(Segment(computed, group))
+        segments.append(Segment(computed, group, addends))
     return segments
 
 
@@ -87,8 +104,30 @@ def groups(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Group]:
     return [Group(source, tuple(nodes)) for source, nodes in members.items()]
 
 
-def _ancestors(node: Node) -> set[Node]:
-    found, pending = {node}, [node]
+def _addends(node: Node) -> Iterator[Node]:
+    """Values of the shape of what `node` computes that are added to it, as long as nothing else reads the sum."""
+    while len(node.users) == 1:
+        (total,) = node.users
+        if total.target is not torch.ops.aten.add.Tensor or total.kwargs:
+            return
+        others = [other for other in total.args if other is not node]
+        shapes = [_shape(other) for other in (node, *others)]
+        if len(others) != 1 or None in shapes or shapes[0] != shapes[1]:
+            return
+        (other,) = others
+        assert isinstance(other, Node)  # noqa: S101  nothing else has a shape
+        yield other
+        node = total
+
+
+def _shape(value: Any) -> torch.Size | None:
+    found = value.meta.get("val") if isinstance(value, Node) else None
+    return found.shape if isinstance(found, Tensor) else None
+
+
+def _ancestors(*nodes: Node) -> set[Node]:
+    """The nodes themselves among them."""
+    found, pending = set(nodes), list(nodes)
     while pending:
         new = set(pending.pop().all_input_nodes) - found
         found |= new
@@ -123,14 +162,21 @@ class Sweep:
         targets: the linears to replace, `aten.linear.default` nodes.
         flows: which flows are followed, "both", "dense" or "compressed"; with one, all statistics are that one's.
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
+        drift: whether the difference between both flows is summed in what the outputs of linears are added to.
     """
 
     def __init__(
-        self, captured: Captured, targets: Sequence[Node], *, flows: Flow = "both", dense_gram: bool = False
+        self,
+        captured: Captured,
+        targets: Sequence[Node],
+        *,
+        flows: Flow = "both",
+        dense_gram: bool = False,
+        drift: bool = False,
     ) -> None:
         self._dense_gram = dense_gram
         self.gm: GraphModule = captured.graph
-        self.segments = plan(self.gm.graph, targets)
+        self.segments = plan(self.gm.graph, targets, drift=drift)
         self.factors: dict[Node, PifaFactors | Tensor] = {}
         self.peak_bytes = 0
         self._masks = captured.token_masks
@@ -160,7 +206,10 @@ class Sweep:
                 self._run_segment(segment, flows)
                 dense, compressed = self._both(flows, segment.group.source)
                 rows = tokens_as_rows(dense, mask)
-                sums.add(rows, rows if compressed is dense else tokens_as_rows(compressed, mask))
+                inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
+                sums.add(rows, inputs)
+                for member, addends in segment.addends.items():
+                    sums.add_drift(weight_name(member), self._differences(addends, flows, mask), inputs)
                 self._free(segment.group, flows)
             self._note_bytes()
             steps: list[Node | Group] = [*segment.nodes, segment.group]
@@ -204,6 +253,13 @@ class Sweep:
             return flows.shared[node], flows.shared[node]
         return flows.dense[node], flows.compressed[node]
 
+    def _differences(self, nodes: Iterable[Node], flows: Flows, mask: Tensor | None) -> Iterator[Tensor]:
+        """What the dense model's values have that the compressed model's lack, tokens as rows."""
+        for node in nodes:
+            dense, compressed = self._both(flows, node)
+            if dense is not compressed:
+                yield tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask)
+
     def _free(self, step: Node | Group, flows: Flows) -> None:
         for node in self._freed_after.get(step, ()):
             flows.free(node)
@@ -224,6 +280,7 @@ class _Sums:
 
     def __init__(self, dense_gram: bool) -> None:
         self.gram, self.cross, self.dense_gram, self.sum_abs = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+        self.drift: dict[str, Tensor] = {}
         self.tokens = 0
         self.wants_dense_gram = dense_gram
 
@@ -238,15 +295,20 @@ class _Sums:
         self.sum_abs = self.sum_abs + dense.abs().sum(dim=0).double()
         self.tokens += len(dense)
 
+    def add_drift(self, name: str, differences: Iterable[Tensor], inputs: Tensor) -> None:
+        for difference in differences:
+            self.drift[name] = self.drift.get(name, 0) + (difference.T @ inputs).double()
+
     def finish(self, label: str) -> Statistics:
         dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
-        for total in (self.gram, self.cross, dense_gram):
+        for total in (self.gram, self.cross, dense_gram, *self.drift.values()):
             if not bool(torch.isfinite(total).all()):
                 raise CalibrationError(
                     f"the input of {label} is not finite (NaN or Inf) on the calibration batches; "
                     "calibrate in float32, or repair the layers before it"
                 )
-        return Statistics(self.gram, self.cross, dense_gram, self.sum_abs / max(self.tokens, 1), self.tokens)
+        mean_abs = self.sum_abs / max(self.tokens, 1)
+        return Statistics(self.gram, self.cross, dense_gram, mean_abs, self.tokens, self.drift)
 
 
 def tokens_as_rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -282,7 +344,8 @@ def _last_uses(segments: Sequence[Segment]) -> dict[Node | Group, list[Node]]:
     for segment in segments:
         for node in segment.nodes:
             last.update(dict.fromkeys(node.all_input_nodes, node))
-        last[segment.group.source] = segment.group
+        for node in (segment.group.source, *(node for nodes in segment.addends.values() for node in nodes)):
+            last[node] = segment.group
     freed: dict[Node | Group, list[Node]] = {}
     for node, step in last.items():
         freed.setdefault(step, []).append(node)

@@ -392,11 +392,11 @@ def test_gradients_are_used_by_default_and_only_then():
     found = {}
     for options in ({}, {"gradients": False}, {"method": "optimal", "allocator": "global"}):
         model = copy.deepcopy(dense)
-        report = pc.compress(model, batches, pc.CompressConfig(0.6, rank_multiple=1, **options))
+        report = pc.compress(model, batches, pc.CompressConfig(0.6, rank_multiple=1, mix=0, **options))
         assert report.notes == []
         found[str(options)] = logits(model, batches[0])
     with_gradients, without, optimal = found.values()
-    assert torch.equal(without, optimal)
+    assert torch.equal(without, optimal)  # at mix 0: otherwise two-sided makes up for the drift as well
     assert error(with_gradients, without) > 0.01
 
 

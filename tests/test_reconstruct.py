@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pifa_compiler.reconstruct import METHODS, Settings, Statistics, gram_root, relative_error, truncate
+from pifa_compiler.reconstruct import METHODS, Settings, Statistics, gram_root, relative_error, solve_weighted, truncate
 
 
 def statistics_of(dense: torch.Tensor, compressed: torch.Tensor) -> Statistics:
@@ -22,9 +22,9 @@ def problem(tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return weight, dense, dense + 0.1 * torch.randn(tokens, 20, dtype=torch.float64)
 
 
-def objective(weight, approximation, dense, compressed, mix) -> float:
-    """M's objective by the textbook: no Gram matrices."""
-    target = (1 - mix) * compressed @ weight.T + mix * dense @ weight.T
+def objective(weight, approximation, dense, compressed, mix, lack=0) -> float:
+    """M's objective by the textbook: no Gram matrices. `lack` is H_o - H_u, tokens as rows."""
+    target = (1 - mix) * compressed @ weight.T + mix * (dense @ weight.T + lack)
     return float((target - compressed @ approximation.T).square().sum())
 
 
@@ -56,6 +56,31 @@ def test_optimal_is_the_minimiser_of_the_objective():
     for _ in range(20):
         other = found.u + 1e-3 * torch.randn_like(found.u), found.v + 1e-3 * torch.randn_like(found.v)
         assert objective(weight, other[0] @ other[1], dense, compressed, 0.25) > best
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_drift_is_made_up_for_by_the_minimiser_of_the_objective_with_it(weighted: bool):
+    weight, dense, compressed = problem()
+    lack = 3 * compressed @ torch.randn(20, 24, dtype=torch.float64) + torch.randn(400, 24, dtype=torch.float64)
+    root = torch.triu(torch.randn(24, 24, dtype=torch.float64)) + 5 * torch.eye(24, dtype=torch.float64)
+    settings = Settings(mix=0.25, damping=0, gradient_damping=0)
+    solve = METHODS["two-sided"].prepare(statistics_of(dense, compressed), settings)
+    drift = lack.T @ compressed
+    if weighted:
+        found = solve_weighted(solve, weight, 8, root.T @ root, settings, drift)
+    else:
+        root = torch.eye(24, dtype=torch.float64)
+        found = solve(weight, 8, drift)
+    # Reduced-rank regression of the weighted target, by samples.
+    target = (0.75 * compressed @ weight.T + 0.25 * (dense @ weight.T + lack)) @ root.T
+    full = torch.linalg.lstsq(compressed, target).solution
+    leading = torch.linalg.svd(compressed @ full, full_matrices=False).Vh[:8]
+    textbook = torch.linalg.solve(root, (full @ leading.T @ leading).T)
+    torch.testing.assert_close(found.u @ found.v, textbook, rtol=1e-8, atol=1e-8)
+    if not weighted:
+        without = solve(weight, 8)
+        errors = [objective(weight, each.u @ each.v, dense, compressed, 0.25, lack) for each in (found, without)]
+        assert errors[0] < 0.5 * errors[1]
 
 
 def test_mpifa_follows_the_published_steps():

@@ -80,6 +80,51 @@ def test_statistics_are_those_of_the_dense_and_of_the_compressed_model():
     assert set(map(weight_name, sweep.factors)) == {"gate.weight", "up.weight"}
 
 
+class Residual(nn.Module):
+    """h1 = x + a(x), h2 = h1 + (b(tanh h1) + c(sin h1)); nothing reads h2, but the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = x + self.a(x)
+        return (self.b(torch.tanh(h)) + self.c(torch.sin(h))) + h
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_the_drift_is_what_the_compressed_model_lacks_in_what_outputs_are_added_to(names: str):
+    """Against the textbook; the last of the values is needed only for that."""
+    model, batches = Residual(), [torch.randn(2, 4, 8) for _ in range(3)]
+    captured = capture(model, batches)
+    replaced = {name: factorize(getattr(model, name).weight.detach(), rank=3) for name in ("a", "b")}
+    drift = {}
+
+    def solve(group, statistics):
+        drift.update(statistics.drift)
+        names = {node: weight_name(node).removesuffix(".weight") for node in group.members}
+        return {node: replaced[name] for node, name in names.items() if name in replaced}
+
+    Sweep(captured, targets_of(captured, names), drift=True).run(solve)
+    x, model = torch.cat(batches).reshape(-1, 8).double(), model.double()
+
+    def low_rank(name: str, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ replaced[name].dense().double().T + getattr(model, name).bias
+
+    # Nothing of what a is added to differs. Of b and c the last makes up for all, the other's output included.
+    dense, compressed = x + model.a(x), x + low_rank("a", x)
+    lack = dense - compressed
+    if names == "ab":
+        lack += model.c(torch.sin(dense)) - model.c(torch.sin(compressed))
+        wanted = {"b.weight": lack.T @ torch.tanh(compressed)}
+    else:
+        lack += model.b(torch.tanh(dense)) - low_rank("b", torch.tanh(compressed))
+        wanted = {"c.weight": lack.T @ torch.sin(compressed)}
+    assert drift.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(drift[name], value.detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_padding_is_left_out_of_the_statistics():
     x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     x[0, 3:] = 1e6
