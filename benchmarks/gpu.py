@@ -5,8 +5,8 @@
 First values against float64 of both forms, ragged shapes included, and a model under `torch.compile(backend="pifa")`;
 on a wrong value it stops with exit code 1, as it does without a GPU. Then the medians of CUDA-event times, all
 contestants taking turns: dense and low-rank pair by cuBLAS, the plain PIFA subgraph under Inductor, and the layer under
-backend="pifa" with and without an order to undo. Each is a CUDA graph of calls that go round over copies of the weights,
-more than the L2 cache holds, so that weights come from memory and launches cost nothing. Appends to
+backend="pifa" with and without an order to undo. Each is a CUDA graph of calls that go round over copies of the
+weights, more than the L2 cache holds, so that weights come from memory and launches cost nothing. Appends to
 benchmarks/results/gpu.csv with the device's name, and writes gpu.md.
 """
 
@@ -45,10 +45,11 @@ def operands(d_out: int, d_in: int, rank: int, tokens: int, dtype: torch.dtype) 
 
 
 def check(name: str, size: tuple[int, int, int], tune: bool) -> list[str]:
-    """What values of either form are wrong for one dtype and size: errors of more than twice torch's in the same dtype plus rounding.
+    """What values of either form are wrong for one dtype and size.
 
-    Rounding: half a unit in the last place of the dtype for the result, and of float32 for each of the d_in terms that
-    one program adds up in a row, where torch splits the sum; random errors grow with the root of their number.
+    Wrong are errors of more than twice torch's in the same dtype plus rounding: half a unit in the last place of the
+    dtype for the result, and of float32 for each of the d_in terms that one program adds up in a row, where torch splits
+    the sum; random errors grow with the root of their number.
     """
     from pifa_compiler.kernels.linear_triton import linear_triton
     from torch._inductor import config

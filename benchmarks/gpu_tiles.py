@@ -1,4 +1,4 @@
-"""Times every tile of the Triton kernels' lists on the GPU of this machine, beside cuBLAS and the parts of what we emit.
+"""Times every tile of the Triton kernels' lists on this machine's GPU, beside cuBLAS and the parts of what is emitted.
 
     python benchmarks/gpu_tiles.py [--dims 2048,4096,8192] [--tokens 1,16,128,512,4096] [--dtype bf16]
 

@@ -2,8 +2,8 @@
 
     y[:, :r] = x w_pivot^T        y[:, r:] = y[:, :r] coeff^T
 
-The result is in *stored* order: undoing it, and a bias, are left to whatever elementwise code follows. Compared with the
-plain subgraph nothing is concatenated, for a GEMM writes rows with a stride at no cost.
+The result is in *stored* order: undoing it, and a bias, are left to whatever elementwise code follows. Unlike in the
+plain subgraph nothing is concatenated: a GEMM writes rows with a stride at no cost.
 
 On an H200 in bf16 at r = d/2 it takes 0.85 to 0.98 of the low-rank pair's time at 16 tokens, 0.86 to 0.96 at 128, 0.77
 to 0.91 at 512 and 0.75 to 0.78 at 4096 (d = 8192 to 2048); our best Triton tile is slower, or within 1% of it
@@ -27,9 +27,9 @@ def _multiply(x: Tensor, w_pivot: Tensor, coeff: Tensor) -> Tensor:
     tokens = x.shape[:-1].numel()
     y = x.new_empty(tokens, out)
     y_pivot = y[:, :rank]
-    torch.mm(x.reshape(tokens, x.shape[-1]), w_pivot.T, out=y_pivot)
+    torch.mm(x.reshape(tokens, x.shape[-1]), w_pivot.t(), out=y_pivot)
     if out > rank:
-        torch.mm(y_pivot, coeff.T, out=y[:, rank:])
+        torch.mm(y_pivot, coeff.t(), out=y[:, rank:])
     return y.view(*x.shape[:-1], out)
 
 

@@ -31,8 +31,8 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
 
     With `torch._inductor.config.max_autotune` all tiles are timed for every weight shape and bucket of tokens (1, 16,
     128, 1024, more); without it the tile is fixed, by the rows of the weight in decode and the bucket in prefill.
-    float32 runs on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; else it
-    is IEEE.
+    float32 runs on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; it is
+    IEEE else.
 
     Args:
         x: [..., in], float16, bfloat16 or float32; copied unless its last stride is 1 and its tokens are evenly spaced.

@@ -3,9 +3,9 @@
     x [tokens, in] --- w_pivot ---> y[:, :r] --- coeff ---> y[:, r:] --- order, bias ---> result
 
 The second GEMM reads y_p back out of y, whose first r columns it is: in the dtype of x, because tensor cores multiply
-only what agrees in dtype with `coeff`; sums are float32. Order and bias are operations of ATen behind the kernels, which
-Inductor fuses into whatever takes the result. A kernel that stored its columns in order took three times as long as
-both GEMMs (H200, bf16, d = 4096, 4096 tokens: 477 us instead of 148; `benchmarks/results/gpu.csv`).
+only what agrees in dtype with `coeff`; sums are float32. Order and bias are operations of ATen behind the kernels:
+Inductor fuses them into whatever takes the result. Kernels that stored their columns in order took three times as long
+(H200, bf16, d = 4096, 4096 tokens: 477 us, 148 without an order; `benchmarks/results/gpu.csv`).
 """
 
 from functools import cache

@@ -5,8 +5,8 @@ wherever the product runs on tensor cores. AMD's compute units hold 64 KiB of sh
 and more, so that the lists for them are of their own (`hip`) and shallower.
 
 NVIDIA's lists for two-byte dtypes hold the tiles that were fastest on an H200 in bf16 at r = d/2, d = 2048, 4096 and
-8192 (`benchmarks/results/gpu_tiles.csv`); its float32 lists and AMD's have not been timed. Which tile is the fixed choice,
-`fixed_prefill_tile` and `fixed_decode_tile` say.
+8192 (`benchmarks/results/gpu_tiles.csv`), but for those that spill on another chip. Its float32 lists and AMD's have
+not been timed. `fixed_prefill_tile` and `fixed_decode_tile` say which tile is taken without tuning.
 
 `benchmarks/kernel_figures.py` compiles every tile of every list for every chip; `resident` is what it holds the
 registers and the shared memory against.
@@ -144,7 +144,7 @@ MIN_CHUNK = 512
 
 
 def chunk_of_sum(rows: int, terms: int, tile: Tile) -> int:
-    """How many of the `terms` of every sum one program of the decode kernel adds; a multiple of the tile's `block_k`."""
+    """How many of the `terms` of every sum one program of the decode kernel adds; a multiple of `block_k`."""
     tiles = max(1, -(-rows // tile.block_n))
     splits = max(1, min(SPLITS, PROGRAMS // tiles))
     unit = max(MIN_CHUNK, tile.block_k)
