@@ -48,8 +48,8 @@ def check(name: str, size: tuple[int, int, int], tune: bool) -> list[str]:
     """What values of either form are wrong for one dtype and size.
 
     Wrong are errors of more than twice torch's in the same dtype plus rounding: half a unit in the last place of the
-    dtype for the result, and of float32 for each of the d_in terms that one program adds up in a row, where torch splits
-    the sum; random errors grow with the root of their number.
+    dtype for the result, and of float32 for each of the d_in terms that one program adds up in a row, where torch
+    splits the sum; random errors grow with the root of their number.
     """
     from pifa_compiler.kernels.linear_triton import linear_triton
     from torch._inductor import config
