@@ -17,7 +17,13 @@ from pathlib import Path
 import triton
 from pifa_compiler.kernels.linear_triton_decode import decode_kernel
 from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
-from pifa_compiler.kernels.linear_triton_tiles import Tile, decode_tiles, prefill_tiles
+from pifa_compiler.kernels.linear_triton_tiles import (
+    Tile,
+    decode_tiles,
+    fixed_decode_tile,
+    fixed_prefill_tile,
+    prefill_tiles,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -69,7 +75,7 @@ class Case:
         product: "pivots" (x w_pivot^T) or "rest" (y_p coeff^T).
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
-        ordered: with order and bias; without, all loads that are left are of the matrices.
+        ordered: with order and bias, in decode only; without, all loads that are left are of the matrices.
     """
 
     kernel: str
@@ -119,15 +125,27 @@ def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     return decode_tiles(ITEMSIZE[dtype], int(kernel.removeprefix("decode")), hip)
 
 
+def fixed_tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
+    """The tiles taken without autotuning, over all numbers of tokens and rows."""
+    size = ITEMSIZE[dtype]
+    if kernel == "prefill":
+        found = [fixed_prefill_tile(bucket, size, hip) for bucket in (128, 1024, 2**31)]
+    else:
+        found = [fixed_decode_tile(rows, size, int(kernel.removeprefix("decode")), hip) for rows in (1, 2**31)]
+    return tuple(dict.fromkeys(found))
+
+
 def cases(*, fixed_only: bool = False) -> Iterator[Case]:
     """All compilations; with `fixed_only` those of the tiles taken without autotuning, in bf16."""
     for chip, limits in CHIPS.items():
         for kernel in ("prefill", "decode1", "decode16"):
             for dtype in ("bf16",) if fixed_only else ITEMSIZE:
-                tiles = tiles_of(kernel, dtype, limits.hip)[: 1 if fixed_only else None]
+                tiles = (fixed_tiles_of if fixed_only else tiles_of)(kernel, dtype, limits.hip)
                 two_ways = dtype == "fp32" and kernel != "decode1" and not limits.hip
+                precisions = ("ieee", "tf32") if two_ways else ("ieee",)
+                epilogues = (False,) if kernel == "prefill" else (True, False)
                 for tile, precision, product, ordered in itertools.product(
-                    tiles, ("ieee", "tf32") if two_ways else ("ieee",), ("pivots", "rest"), (True, False)
+                    tiles, precisions, ("pivots", "rest"), epilogues
                 ):
                     yield Case(kernel, product, tile, dtype, chip, precision, ordered)
 
@@ -155,17 +173,16 @@ def _is_type(value: object) -> bool:
 
 def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     """The kernel and, in its order, the type of every argument that is passed and the value of all others."""
-    x, index = f"*{case.dtype}", "*i32" if case.ordered else None
-    bias = x if case.ordered else None
+    x = f"*{case.dtype}"
     first = case.product == "pivots"
     rows, terms = (RANK, D_IN) if first else (OUT - RANK, RANK)
     sizes: dict[str, object] = {"N": rows, "K": terms, "FIRST": 0 if first else RANK}
     common = {"BUCKET": 0, "PRECISION": case.precision, **case.tile.constants()}
     if case.kernel == "prefill":
-        a, kept = (x, bias) if first else (bias, None)
-        pointers = {"a": a, "w": x, "y": x, "kept": kept, "scatter": index, "bias": bias}
+        pointers = {"a": x if first else None, "w": x, "y": x}
         strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
         return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
+    index, bias = ("*i32", x) if case.ordered else (None, None)
     pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
     pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
     pointers |= {"pivots": None if first else "*fp32"}

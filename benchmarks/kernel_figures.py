@@ -4,7 +4,7 @@
     python benchmarks/kernel_figures.py --json     prints the figures, for the tests
 
 The prediction is arithmetic, not a measurement: time = the larger of bytes / bandwidth and FLOPs / peak, summed over
-the products, with each operand read and each result written once. The kernels have not been timed on a GPU.
+the products, with each operand read and each result written once. What an H200 took is in gpu.md and gpu_tiles.csv.
 """
 
 import argparse
@@ -33,6 +33,7 @@ class Peak:
 GPUS = {
     "A100 80GB SXM": Peak(312, 2.039),
     "H100 SXM": Peak(989, 3.35),
+    "H200 SXM": Peak(989, 4.8),
     "B200": Peak(2250, 8.0),
     "MI300X": Peak(1307, 5.3),
 }
@@ -51,14 +52,14 @@ def predict(gpu: Peak, products: list[tuple[int, int]]) -> tuple[float, float]:
 
 
 def predictions() -> list[dict[str, object]]:
-    """PIFA at r = d / 2, without order and bias, against dense and the low-rank pair of the same rank."""
+    """What `Lower` emits at r = d / 2, without order and bias, against dense and the low-rank pair of the same rank."""
     found: list[dict[str, object]] = []
     for name, gpu in GPUS.items():
         for d in DIMS:
             for tokens in TOKENS:
-                r, middle = d // 2, 4 if tokens <= 16 else 2
+                r, middle = d // 2, 4 if tokens == 1 else 2
                 pifa = [product_costs(tokens, r, d, 2, middle), product_costs(tokens, d - r, r, middle, 2)]
-                if tokens <= 16:  # y_p is put in place from its buffer
+                if tokens == 1:  # the decode kernel: y_p is put in place from its buffer
                     pifa.append((6 * tokens * r, 0))
                 pair = [product_costs(tokens, r, d, 2, 2), product_costs(tokens, d, r, 2, 2)]
                 dense = [product_costs(tokens, d, d, 2, 2)]
@@ -91,8 +92,9 @@ def write(rows: list[dict[str, object]]) -> None:
 
 Written by `python benchmarks/kernel_figures.py`. Compiled for d = 4096, r = 2048. `spills` are bytes a thread in local
 memory; `wide` and `narrow` count global loads of at least 16 bytes and of fewer in the code ("plain": of matrices
-alone; "order, bias": also of single indices and biases); `resident` programs at a time on a multiprocessor are assumed.
-decode1 is a GEMV and uses no tensor cores; neither does IEEE float32 on NVIDIA. **Not timed on a GPU.**
+alone; "order, bias", in decode only: also of single indices and biases); `resident` programs at a time on a
+multiprocessor are assumed. decode1 is a GEMV and uses no tensor cores; neither does IEEE float32 on NVIDIA. Times of
+most of these tiles in bf16, from an H200, are in `gpu_tiles.csv`; no other chip has timed them.
 
 {table(rows)}
 ## PREDICTION, not a measurement

@@ -1,13 +1,15 @@
 """The operator `pifa::linear_triton`: `pifa::linear` by Triton kernels, on NVIDIA and AMD GPUs.
 
-    tokens <= 16   `linear_triton_decode`: streams the weights once, float32 in between
-    tokens > 16    `linear_triton_prefill`: two GEMMs on tensor cores that put rows in order as they store them
+    tokens <= 16   `linear_triton_decode`: streams the weights once, float32 in between, rows in order as it stores them
+    tokens > 16    `linear_triton_prefill`: two GEMMs on tensor cores, then the order as operations of ATen
 
-It takes what `pifa::linear` takes and is emitted by the pass `Lower` only. It is a `triton_op`: Inductor traces through
-it to the kernels and plans their buffers with everything else. Its gradients are those of the plain subgraph. The row
-order is inverted in every call, beside the first product, so that no derived index exists that could go stale.
+It takes what `pifa::linear` takes and is emitted by the pass `Lower` only, which says when. It is a `triton_op`:
+Inductor traces through it to the kernels and plans their buffers with everything else. Its gradients are those of the
+plain subgraph. Decode inverts the row order in every call, beside the first product, so that no derived index exists
+that could go stale.
 
-Not timed on a GPU. What has been proven without one is listed in `benchmarks/results/kernels.md`.
+An H200 has timed the tiles (`benchmarks/results/gpu_tiles.csv`) and an earlier form of the whole (`gpu.md` beside it);
+what the compilers make of every tile, on chips that were not there, is in `kernels.md`.
 """
 
 from typing import Any
@@ -27,9 +29,10 @@ MAX_STRIDE = 2**22
 def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
     """`pifa::linear` (arXiv 2501.19090, section 3) by the kernels for the number of tokens at hand.
 
-    With `torch._inductor.config.max_autotune` (`torch.compile(..., mode="max-autotune")`) all tiles are timed for every
-    weight shape and bucket of tokens (1, 16, 128, 1024, more); without it each kernel has one fixed tile. float32 runs
-    on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; else it is IEEE.
+    With `torch._inductor.config.max_autotune` all tiles are timed for every weight shape and bucket of tokens (1, 16,
+    128, 1024, more); without it the tile is fixed, by the rows of the weight in decode and the bucket in prefill.
+    float32 runs on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; it is
+    IEEE else.
 
     Args:
         x: [..., in], float16, bfloat16 or float32; copied unless its last stride is 1 and its tokens are evenly spaced.

@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .linear_triton_prefill import store_rows
-from .linear_triton_tiles import chunk_of_sum, decode_tiles, tokens_bucket
+from .linear_triton_tiles import chunk_of_sum, decode_tiles, fixed_decode_tile, tokens_bucket
 
 MAX_TOKENS = 16
 """From here on a GEMM's tiles are filled; the rows of the smallest tensor-core instruction."""
@@ -42,12 +41,24 @@ def invert(order, inverse, pid, programs, OUT: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def store_rows(values, y, m, n, in_m, in_n, stride_y, FIRST: tl.constexpr, scatter, bias):
+    """y[m, column(FIRST + n)] = values [m, n] + bias, where column(i) is scatter[i], or i without a scatter."""
+    column = FIRST + n
+    if scatter is not None:
+        column = tl.load(scatter + column, mask=in_n, other=0)
+    if bias is not None:
+        values += tl.load(bias + column, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    place = y + (m[:, None] * stride_y + column[None, :])
+    tl.store(place, values.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
 def place_pivots(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, scatter, bias, BLOCK: tl.constexpr):
     """The first R stored rows of y from pivots [M, R], this program's share of them."""
     for start in range(pid * BLOCK, R, programs * BLOCK):
         i = start + tl.arange(0, BLOCK)
         values = tl.load(pivots + m[:, None] * R + i[None, :], mask=in_m[:, None] & (i < R)[None, :], other=0.0)
-        store_rows(values, y, 0, m, i, in_m, i < R, stride_y, 0, scatter, bias)
+        store_rows(values, y, m, i, in_m, i < R, stride_y, 0, scatter, bias)
 
 
 @triton.jit
@@ -116,7 +127,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[m, column(FIRST + n)] = sum_k a[m, k] w[n, k] + bias, as `prefill_kernel`; sums of CHUNK terms into parts.
+    """y[m, column(FIRST + n)] = sum_k a[m, k] w[n, k] + bias; sums of CHUNK terms into parts.
 
     a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there if needed,
     inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y.
@@ -139,12 +150,14 @@ def decode_kernel(
         end = tl.minimum((part + 1) * CHUNK, K)
         w_tile = w + col * K + (n[:, None] * K + k[None, :])
         total = product(a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-        n += col.to(tl.int32)
+        # Computed again, not kept over the loop, where ptxas would spill them on sm_80.
+        n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = n < N
         if parts is not None:
             place = parts + part * M * N + (m[:, None] * N + n[None, :])
             tl.store(place, total, mask=in_m[:, None] & in_n[None, :])
         else:
-            store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
+            store_rows(total, y, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
 
 
 @triton.jit
@@ -168,7 +181,7 @@ def add_parts_kernel(
     for part in range(PARTS):
         place = parts + part * M * N + (m[:, None] * N + n[None, :])
         total += tl.load(place, mask=in_m[:, None] & in_n[None, :], other=0.0)
-    store_rows(total, y, 0, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
+    store_rows(total, y, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
 
 
 @cache
@@ -188,18 +201,18 @@ def decode(
     out, hip = rank + coeff.shape[0], torch.version.hip is not None
     block_m = 1 if tokens == 1 else MAX_TOKENS
     bucket = tokens_bucket(tokens)
-    tile = decode_tiles(x.element_size(), block_m, hip)[0]
     kernel = wrap_triton(_tuned(x.element_size(), block_m, hip) if tune else decode_kernel)
-    options = {} if tune else tile.launch_options()
 
     inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
 
     def multiply(a: Tensor, w: Tensor, y: Tensor, *, pivots: Tensor | None) -> None:
         rows, terms = w.shape
+        tile = fixed_decode_tile(rows, x.element_size(), block_m, hip)
+        options = {} if tune else tile.launch_options()
         first = 0 if pivots is None else rank
         invert = order if pivots is None else None
         todo = (order, inverse, None, None, None) if pivots is None else (None, None, pivots, inverse, bias)
-        chunk = chunk_of_sum(rows, terms, tile.block_n)
+        chunk = chunk_of_sum(rows, terms, tile)
         splits = max(1, triton.cdiv(terms, chunk))
         parts = None if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
         aside = int(invert is not None or pivots is not None)

@@ -2,7 +2,11 @@
 
 A list depends on the width of the dtype, for a tile is limited by its bytes: `block_k` spans 64 to 128 bytes of a row
 wherever the product runs on tensor cores. AMD's compute units hold 64 KiB of shared memory where NVIDIA's hold 163 KiB
-and more, so that the lists for them are of their own (`hip`) and shallower. The first tile is the fixed choice.
+and more, so that the lists for them are of their own (`hip`) and shallower.
+
+NVIDIA's lists for two-byte dtypes hold the tiles that were fastest on an H200 in bf16 at r = d/2, d = 2048, 4096 and
+8192 (`benchmarks/results/gpu_tiles.csv`), but for those that spill on another chip. Its float32 lists and AMD's have
+not been timed. `fixed_prefill_tile` and `fixed_decode_tile` say which tile is taken without tuning.
 
 `benchmarks/kernel_figures.py` compiles every tile of every list for every chip; `resident` is what it holds the
 registers and the shared memory against.
@@ -59,11 +63,13 @@ def prefill_tiles(itemsize: int, hip: bool) -> tuple[Tile, ...]:
                 Tile(64, 64, 64, warps=4, stages=2, resident=2),
             )
         return (
-            Tile(128, 128, 64, warps=8, stages=3),
+            Tile(64, 32, 128, warps=4, stages=4),
+            Tile(64, 128, 64, warps=4, stages=4),
             Tile(128, 256, 64, warps=8, stages=3),
-            Tile(128, 128, 32, warps=4, stages=4, resident=2),
-            Tile(128, 64, 64, warps=4, stages=3, resident=2),
+            Tile(64, 128, 128, warps=4, stages=3),
+            Tile(64, 256, 64, warps=4, stages=4),
             Tile(64, 64, 64, warps=4, stages=4, resident=2),
+            Tile(128, 128, 64, warps=8, stages=3),
         )
     if hip:
         return (
@@ -77,23 +83,49 @@ def prefill_tiles(itemsize: int, hip: bool) -> tuple[Tile, ...]:
     )
 
 
+def fixed_prefill_tile(bucket: int, itemsize: int, hip: bool) -> Tile:
+    """The tile without tuning, for a bucket of tokens (`tokens_bucket`): smaller ones where there are few tokens."""
+    tiles = prefill_tiles(itemsize, hip)
+    if itemsize != 2 or hip:
+        return tiles[0]
+    return tiles[0 if bucket <= 128 else 1 if bucket <= 1024 else 2]
+
+
 def decode_tiles(itemsize: int, block_m: int, hip: bool) -> tuple[Tile, ...]:
     """Tiles of the two products over one token (`block_m` 1) or 2 to 16 (`block_m` 16)."""
     wide = 4 // itemsize  # elements in four bytes
-    warps = 2 if hip else 4  # 128 threads either way, each of which loads 16 bytes of x when block_k spans 2 KiB
     if block_m == 1:
+        if hip:  # 128 threads, each of which loads 16 bytes of x when block_k spans 2 KiB
+            return (
+                Tile(1, 4, 512 * wide, warps=2, stages=1, resident=4),
+                Tile(1, 8, 512 * wide, warps=2, stages=1, resident=3),
+                Tile(1, 8, 256 * wide, warps=1, stages=1, resident=6),
+            )
         return (
-            Tile(1, 4, 512 * wide, warps, stages=1, resident=4),
-            Tile(1, 8, 512 * wide, warps, stages=1, resident=3),
-            Tile(1, 8, 256 * wide, warps // 2, stages=1, resident=6),
+            Tile(1, 2, 1024 * wide, warps=4, stages=1, resident=4),
+            Tile(1, 4, 1024 * wide, warps=4, stages=1, resident=3),
+            Tile(1, 4, 1024 * wide, warps=8, stages=1, resident=2),
+            Tile(1, 4, 512 * wide, warps=4, stages=1, resident=4),
+            Tile(1, 2, 512 * wide, warps=2, stages=1, resident=8),
         )
-    depth = 2 if hip else 4
+    if hip:
+        first = Tile(16, 32, 64 * wide, warps=4, stages=2, resident=2)
+        # Loads of x would be narrower in the second one in float32.
+        return (first,) if itemsize == 4 else (first, Tile(16, 16, 64 * wide, warps=4, stages=2, resident=2))
+    first = Tile(16, 32, 64 * wide, warps=4, stages=4, resident=2)
+    if itemsize == 4:
+        return first, Tile(16, 64, 32, warps=4, stages=4, resident=2)
     return (
-        Tile(16, 32, 64 * wide, warps=4, stages=depth, resident=2),
-        # Narrower loads of x on AMD, and a spill in TF32 on sm_90, keep one tile each from the lists.
-        *(() if hip else (Tile(16, 64, 32 * wide, warps=4, stages=depth, resident=2),)),
-        *(() if itemsize == 4 else (Tile(16, 16, 64 * wide, warps=4, stages=depth, resident=2),)),
+        first,
+        Tile(16, 16, 128, warps=2, stages=6),
+        Tile(16, 32, 256, warps=4, stages=4),
     )
+
+
+def fixed_decode_tile(rows: int, itemsize: int, block_m: int, hip: bool) -> Tile:
+    """The tile without tuning, for a weight of so many rows: fewer rows a program where there are few."""
+    many = block_m == 1 and not hip and rows >= 4096
+    return decode_tiles(itemsize, block_m, hip)[1 if many else 0]
 
 
 def tokens_bucket(tokens: int) -> int:
@@ -101,19 +133,20 @@ def tokens_bucket(tokens: int) -> int:
     return next((bucket for bucket in (1, 16, 128, 1024) if tokens <= bucket), 2**31)
 
 
-SPLITS = 8
-"""At most so many programs share one sum."""
+SPLITS = 4
+"""At most so many programs share one sum: what was best for 16 tokens at all three d."""
 
-PROGRAMS = 256
+PROGRAMS = 512
 """Programs that keep any of today's chips (108 to 304 compute units) reading; fewer are split along the sum."""
 
-MIN_CHUNK = 1024
-"""Terms of a sum that are worth a program; a multiple of every `block_k`."""
+MIN_CHUNK = 512
+"""Terms of a sum that are worth a program."""
 
 
-def chunk_of_sum(rows: int, terms: int, block_n: int) -> int:
-    """How many of the `terms` of every sum one program of the decode kernel adds; a multiple of `MIN_CHUNK`."""
-    tiles = max(1, -(-rows // block_n))
+def chunk_of_sum(rows: int, terms: int, tile: Tile) -> int:
+    """How many of the `terms` of every sum one program of the decode kernel adds; a multiple of `block_k`."""
+    tiles = max(1, -(-rows // tile.block_n))
     splits = max(1, min(SPLITS, PROGRAMS // tiles))
-    chunk: int = max(1, -(-terms // (splits * MIN_CHUNK))) * MIN_CHUNK
+    unit = max(MIN_CHUNK, tile.block_k)
+    chunk: int = max(1, -(-terms // (splits * unit))) * unit
     return chunk

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
+from ..kernels import linear_gemm
 from .rewrite import Rewrite, Skip
 from .weights import tensor_at
 
@@ -65,11 +66,21 @@ def build_cpu(gm: GraphModule, node: Node) -> Node:
 
 
 def choose_on_gpu(case: Case) -> Build | Skip:
-    """On a GPU, NVIDIA's or AMD's, the Triton kernels, where they exist for the case. Not timed on a GPU."""
-    if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return Skip(f"plain subgraph: there is no Triton kernel for {case.dtype}")
+    """On a GPU, NVIDIA's or AMD's, the decode kernel for one token, and two library GEMMs for more or unknown many.
+
+    Measured on an H200 in bf16 at r = d/2 (`benchmarks/results/gpu_tiles.csv`): for one token the kernel takes 0.80 and
+    0.83 of cuBLAS's dense time at d = 4096 and 8192 and as long at 2048; for more the GEMMs are faster than the best
+    tile of ours, or within 1% of it. Where `torch._inductor.config.max_autotune` is set the kernels are taken for any
+    number of tokens, and their tiles timed.
+    """
+    from torch._inductor import config
+
+    if case.dtype not in linear_gemm.DTYPES:
+        return Skip(f"plain subgraph: there is no form for {case.dtype} on GPUs")
     if case.result_dtype not in (None, case.dtype):
         return Skip("plain subgraph: under autocast the products are of another dtype than the weights")
+    if case.tokens != 1 and not config.max_autotune:
+        return build_gemm
     if find_spec("triton") is None:
         return Skip("plain subgraph: Triton is not installed; pip install pifa-compiler[gpu]")
     if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
@@ -82,6 +93,22 @@ def build_triton(gm: GraphModule, node: Node) -> Node:
     from ..kernels import linear_triton as _registers_the_form  # noqa: F401  imports triton, so only here
 
     return gm.graph.call_function(torch.ops.pifa.linear_triton.default, node.args)
+
+
+def build_gemm(gm: GraphModule, node: Node) -> Node:
+    """The operator `pifa::linear_gemm`; behind it the order and the bias, which Inductor fuses into what follows.
+
+    A kernel that stored its columns in order took three times as long as its products (`benchmarks/results/gpu.csv`).
+    """
+    *operands, order, bias = node.args
+    result = gm.graph.call_function(torch.ops.pifa.linear_gemm.default, tuple(operands))
+    # Named by the form: the name of the last one is what the record says.
+    if order is not None:
+        select, name = aten.index_select.default, "linear_gemm_order"
+        result = gm.graph.create_node("call_function", select, (result, -1, order), name=name)
+    if bias is not None:
+        result = gm.graph.create_node("call_function", aten.add.Tensor, (result, bias), name="linear_gemm_bias")
+    return result
 
 
 FORMS: Mapping[str, Callable[[Case], Build | Skip]] = {"cpu": choose_on_cpu, "cuda": choose_on_gpu}

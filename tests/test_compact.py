@@ -4,7 +4,9 @@ from graphs import low_rank
 from torch import nn
 
 import pifa_compiler as pc
+from pifa_compiler.compact import _capture
 from pifa_compiler.errors import CaptureError
+from pifa_compiler.report import Report
 
 
 class Pair(nn.Module):
@@ -127,3 +129,22 @@ def test_an_example_that_cannot_be_captured_is_an_error():
 
     with pytest.raises(CaptureError):
         pc.compact(Branches(), example=torch.randn(2, 32))
+
+
+def test_a_models_own_inputs_follow_it_to_its_device():
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attention = nn.Embedding(9, 32), Attention()
+
+        @property
+        def dummy_inputs(self):
+            return {"ids": torch.tensor([[1, 2, 3]])}  # on the CPU, as Hugging Face's are
+
+        def forward(self, ids):
+            return self.attention(self.embed(ids))
+
+    model, report = Language().to("meta"), Report("lossless", None)  # no second device with values here
+    graph = _capture(model, None, report)
+    assert graph is not None
+    assert {node.meta["val"].device.type for node in graph.graph.find_nodes(op="placeholder")} == {"meta"}

@@ -1,10 +1,14 @@
+import re
+
 import pytest
 import torch
 from graphs import Capture, call, op_counts
 from pifa_compiler.kernels import linear_cpu
 from pifa_compiler.passes import Lower, Skip, run_passes
-from pifa_compiler.passes.lower import Case
+from pifa_compiler.passes.lower import Case, build_gemm, build_triton, choose_on_gpu
 from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule, Node
 from torch.testing import assert_close
 
@@ -93,3 +97,55 @@ def test_lower_keeps_the_plain_subgraph_where_native_code_cannot_be_built(
     gm = capture(pifa_layer(), (torch.randn(3, 16),))
     (record,) = run_passes(gm, [Lower()])
     assert record.outcome == Skip("plain subgraph: no C++ compiler")
+
+
+def on_gpu(tokens: int | None, dtype: torch.dtype = torch.bfloat16, result: torch.dtype | None = None) -> Case:
+    return Case("cuda", dtype, 64, 64, 32, tokens, result)
+
+
+def test_gpus_take_the_decode_kernel_for_one_token_and_gemms_for_several():
+    assert choose_on_gpu(on_gpu(1)) is build_triton
+    assert [choose_on_gpu(on_gpu(tokens)) for tokens in (2, 16, 4096, None)] == [build_gemm] * 4
+    with inductor.patch(max_autotune=True):
+        assert [choose_on_gpu(on_gpu(tokens)) for tokens in (1, 2, 4096, None)] == [build_triton] * 4
+
+
+def test_gpus_keep_the_plain_subgraph_with_a_reason(monkeypatch: pytest.MonkeyPatch):
+    assert "float64" in choose_on_gpu(on_gpu(2, torch.float64)).reason
+    assert "autocast" in choose_on_gpu(on_gpu(2, torch.float32, torch.bfloat16)).reason
+    monkeypatch.setattr("pifa_compiler.passes.lower.find_spec", lambda name: None)
+    assert "not installed" in choose_on_gpu(on_gpu(1)).reason
+    assert choose_on_gpu(on_gpu(2)) is build_gemm  # no kernel of ours is in it
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0" in choose_on_gpu(on_gpu(1)).reason
+    assert choose_on_gpu(on_gpu(2)) is build_gemm
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("order", [True, False], ids=["order", "no-order"])
+def test_lower_leaves_order_and_bias_of_gemms_to_what_follows(order: bool, bias: bool, capture: Capture):
+    model, x = pifa_layer(), torch.randn(2, 3, 16)
+    if not order:
+        model[0].order = None
+    if not bias:
+        model[0].bias = None
+    gm = capture(model, (x,))
+    records = run_passes(gm, [Lower(forms={"cpu": choose_on_gpu})])
+    wanted = {pifa.linear_gemm.default: 1, aten.index_select.default: int(order), aten.add.Tensor: int(bias)}
+    assert op_counts(gm) == {target: count for target, count in wanted.items() if count}
+    assert [record.outcome.startswith("linear_gemm") for record in records] == [True]
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_fuses_order_and_bias_behind_the_gemms_into_the_consumer():
+    def model(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor, bias: Tensor) -> Tensor:
+        stored = pifa.linear_gemm.default(x, w_pivot, coeff)
+        return x + (stored.index_select(-1, order) + bias).relu()
+
+    values = torch.randn(3, 24), torch.randn(5, 24), torch.randn(19, 5), torch.randperm(24), torch.randn(24)
+    result, (code,) = run_and_get_code(torch.compile(model), *values)
+    assert_close(result, model(*values))
+    assert code.count("pifa.linear_gemm.default(") == 1
+    assert len(re.findall(r"^cpp_fused\w* = ", code, re.MULTILINE)) == 1
