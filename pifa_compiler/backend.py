@@ -237,6 +237,7 @@ class _Compiled:
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.source import SyntheticLocalSource
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
         unbind_inputs(gm)
@@ -247,7 +248,9 @@ class _Compiled:
         gradients = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in example_inputs
         )
-        self._record(run_passes(gm, [Lower(gradients=gradients), MergeSiblings()]), fatal=False)
+        with config.patch(dict(self._settings.inductor)):  # `Lower` reads max_autotune, as Inductor will
+            records = run_passes(gm, [Lower(gradients=gradients), MergeSiblings()])
+        self._record(records, fatal=False)
         fake_mode = detect_fake_mode(example_inputs)
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None

@@ -200,6 +200,18 @@ def test_the_backend_runs_what_lower_emits(tokens: int, tune: bool, operator: st
     assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)  # no derived index went stale
 
 
+@interpreted
+@pytest.mark.parametrize("how", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_autotune": True}}])
+def test_the_kernels_are_taken_for_several_tokens_where_the_call_asks_for_tuning(how, monkeypatch: pytest.MonkeyPatch):
+    forms, seen = {"cpu": choose_on_gpu}, []
+    monkeypatch.setattr(backend_module, "Lower", lambda *, gradients: Lower(gradients=gradients, forms=forms))
+    run = backend_module.run_passes
+    monkeypatch.setattr(backend_module, "run_passes", lambda *args: seen.extend(run(*args)) or [])
+    layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), None, requires_grad=False)
+    torch.compile(nn.Sequential(layer), backend="pifa", **how)(torch.randn(3, 16))
+    assert [r.outcome for r in seen if r.rule == "Lower"] == ["linear_triton_default"]
+
+
 TRACE = """
 import torch
 from torch._subclasses import FakeTensorMode
