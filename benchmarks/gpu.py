@@ -196,20 +196,31 @@ def run_checks(jobs: int, tune: bool) -> None:
     print(f"{len(DTYPES) * len(RAGGED) * len(TOKENS) * 8} results and a model are right", flush=True)
 
 
+def common_options(description: str | None, *, tokens: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of the GPU benchmarks, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", default="2048,4096,8192")
+    parser.add_argument("--tokens", default=tokens)
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile and check values side by side")
+    return parser
+
+
+def require_gpu() -> None:
+    """Exits with 1 where there is none."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{sys.argv[0]} needs a GPU that torch can use; torch.cuda.is_available() is False here")
+
+
 def main() -> None:
     """Parses the options, checks, times, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", default="2048,4096,8192")
-    parser.add_argument("--tokens", default="1,16,512,4096")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=8, help="processes that check values side by side")
+    parser = common_options(__doc__, tokens="1,16,512,4096", rounds=50)
     parser.add_argument("--tune", action="store_true", help="time all tiles (max_autotune) instead of the fixed ones")
     parser.add_argument("--checks-only", action="store_true")
     parser.add_argument("--no-checks", action="store_true", help="time only; for a second run after the checks passed")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs a GPU that torch can use; torch.cuda.is_available() is False here")
+    require_gpu()
     from torch._inductor import config
 
     if not options.no_checks:

@@ -9,7 +9,6 @@ gpu.py. Appends to benchmarks/results/gpu_tiles.csv: what was timed, or the tile
 the first and in the second product, and microseconds a call.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,19 @@ from multiprocessing import get_context
 from unittest import mock
 
 import torch
-from gpu import DTYPES, RESULTS, append, copies, graph, medians, operands, others, provenance
+from gpu import (
+    DTYPES,
+    RESULTS,
+    append,
+    common_options,
+    copies,
+    graph,
+    medians,
+    operands,
+    others,
+    provenance,
+    require_gpu,
+)
 from pifa_compiler.kernels import linear_triton_decode, linear_triton_prefill
 from pifa_compiler.kernels.linear_gemm import linear_gemm
 from pifa_compiler.kernels.linear_triton_decode import MAX_TOKENS, decode
@@ -87,15 +98,8 @@ def graphs(d: int, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, str, 
 
 def main() -> None:
     """Parses the options, compiles, checks, times, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", default="2048,4096,8192")
-    parser.add_argument("--tokens", default="1,16,128,512,4096")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile side by side")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu_tiles.py needs a GPU that torch can use; torch.cuda.is_available() is False here")
+    options = common_options(__doc__, tokens="1,16,128,512,4096", rounds=15).parse_args()
+    require_gpu()
     dtype = DTYPES[options.dtype]
     sizes = [(int(d), int(tokens)) for d in options.dims.split(",") for tokens in options.tokens.split(",")]
     jobs: list[Job] = [(tile, *size, options.dtype) for size in sizes for tile in tiles_for(size[1], dtype)]

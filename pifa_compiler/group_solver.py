@@ -43,12 +43,12 @@ class GroupSolver:
         make_low_rank = self.method.prepare(statistics, self.settings)
         low_rank = {}
         for node in group.members:
-            rank, weight = self.targets[node].rank, self.targets[node].weight.double()
-            gram, drift = (found.get(weight_name(node)) for found in (self.gradient_grams, statistics.drift))
+            rank, weight, name = self.targets[node].rank, self.targets[node].weight.double(), weight_name(node)
+            gram, drift = self.gradient_grams.get(name), [statistics.drift[name]] if name in statistics.drift else []
             if rank is not None and gram is not None:
-                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings, drift)
+                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings, *drift)
             elif rank is not None:
-                low_rank[node] = make_low_rank(weight, rank, *((drift,) if drift is not None else ()))
+                low_rank[node] = make_low_rank(weight, rank, *drift)
         solved: dict[Node, PifaFactors] = {}
         for nodes in _sets_of_one_order(low_rank, self.targets, self.meeting):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]

@@ -212,7 +212,7 @@ def _mixed(statistics: Statistics, settings: Settings) -> Tensor:
 
 
 def solve_weighted(
-    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings, drift: Tensor | None = None
+    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings, *drift: Tensor
 ) -> LowRank:
     """A method's answer where an error e at the output costs e^T G e instead of e^T e.
 
@@ -226,16 +226,15 @@ def solve_weighted(
         rank: of the result.
         gradient_gram: G, [out, out], any scale; `settings.gradient_damping` of its mean diagonal is added to it.
         settings: of the method.
-        drift: [out, in], float64, for a method that asks for it.
+        drift: [out, in], float64, where a method asks for it and there is one.
     """
-    given = (drift,) if drift is not None else ()
     gram = gradient_gram.double()
     scale = float(gram.diagonal().mean())
     if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
-        return solve(weight, rank, *given)
+        return solve(weight, rank, *drift)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(gram / scale + settings.gradient_damping * eye).T
-    found = solve(root @ weight, rank, *(root @ each for each in given))
+    found = solve(root @ weight, rank, *(root @ each for each in drift))
     return LowRank(torch.linalg.solve_triangular(root, found.u, upper=True), found.v, found.notes)
 
 
