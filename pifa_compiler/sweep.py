@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from .capture import Captured
+from .causal_attention import without_causal_mask
 from .errors import CalibrationError
 from .factors import PifaFactors
 from .kernels import linear
@@ -151,6 +152,8 @@ def _call(node: Node, value: Callable[[Node], Any]) -> Any:
     args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
     if not callable(node.target):
         raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        args, kwargs = without_causal_mask(args, kwargs)
     return node.target(*args, **kwargs)
 
 
