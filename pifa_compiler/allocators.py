@@ -182,12 +182,19 @@ ALLOCATORS: Mapping[str, Allocator] = {
 
 
 def squared_singular_values(layer: Layer) -> Tensor:
-    """Of G^1/2 W A^1/2, descending, [min(out, in)], float64; G is the identity where gradients are not known."""
-    weight, gram = layer.weight.double(), _gram(layer).double()
-    matrix = weight @ gram_root(gram, 0).root
-    if layer.gradient_gram is not None:
-        matrix = gram_root(layer.gradient_gram.double(), 0).root.T @ matrix
-    small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    """Of G^1/2 W A^1/2, descending, [min(out, in)], float64; G is the identity where gradients are not known.
+
+    With L L^T = A they are the eigenvalues of L^T W^T G W L, so that only the matrix of the smaller side, here that of
+    the inputs, needs a root.
+    """
+    weight, inputs = layer.weight.double(), _gram(layer).double()
+    outputs = None if layer.gradient_gram is None else layer.gradient_gram.double()
+    if weight.shape[0] < weight.shape[1]:
+        weight, inputs, outputs = weight.T, outputs, inputs
+    small = weight.T @ (weight if outputs is None else outputs @ weight)
+    if inputs is not None:
+        root = gram_root(inputs, 0).root
+        small = root.T @ small @ root
     squared: Tensor = torch.linalg.eigvalsh(small)
     return squared.flip(0).clamp(min=0)
 

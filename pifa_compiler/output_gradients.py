@@ -1,15 +1,20 @@
-"""Output gradients: how much a language model's loss feels an error at the output of each linear.
+"""Output gradients: how much a language model's predictions feel an error at the output of each linear.
 
-Replacing the weight W [out, in] of a linear by W' raises the summed cross entropy, to second order and with the
-Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
+Replacing the weight W [out, in] of a linear by W' moves the model's predictions, by their Kullback-Leibler divergence to
+second order and with the Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
 
     || G^1/2 (W - W') A^1/2 ||_F^2        A = sum x x^T, [in, in]        G = sum g g^T, [out, out]
 
-over the calibration tokens, x the linear's input and g the loss's gradient at its output. `dense_statistics` sums both
-in one forward and one backward pass of the dense model over every batch.
+over the calibration tokens, x the linear's input and g the gradient, at its output, of the cross entropy of a token
+drawn from the prediction: of the token that really follows, the same sum would be another matrix, which says less about
+curvature (Kunstner et al., arXiv 1905.12558). `dense_statistics` sums both in one forward and one backward pass of the
+dense model over every batch.
 
 No gradient of a weight is ever made. The graph runs in blocks: forward only the values that cross from one block to
 the next are kept, backward each block is computed again from those. Memory holds the sums and one block of one batch.
+
+Where the device has units for bfloat16, products and attention run in it (by autocast): the sums weigh errors and say
+where ranks are worth most, for which three digits are plenty. The sums themselves are taken in float32.
 """
 
 import math
@@ -48,7 +53,7 @@ class DenseStatistics:
 
     Attributes:
         gram: sum x x^T, [in, in]; linears on one input share one tensor.
-        gradient_gram: sum g g^T, [out, out]; g is the gradient of the summed cross entropy at the linear's output.
+        gradient_gram: sum g g^T, [out, out]; see the module's docstring. Tokens are drawn alike in every run.
         sum_abs: sum |x| of every channel, [in].
         tokens: how many tokens were summed.
         no_gradients: why `gradient_gram` is empty; None if it is not.
@@ -204,18 +209,20 @@ class _Backward:
         self.gradient_gram: dict[Node, Tensor] = {}
         self.sum_abs: dict[Node, Tensor] = {}
         self.tokens = 0
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, inputs: Values, mask: Tensor | None) -> None:
         """Adds one batch."""
         ids = inputs[self.loss.tokens]
         self._summed.clear()
         kept = [inputs]
-        with torch.no_grad():
-            for block in self.blocks[:-1]:
-                kept.append(_run(self.gm, block, kept[-1]))
         gradients: dict[Node, Tensor] | None = None
-        for block in reversed(self.blocks):
-            gradients = self._block_back(block, kept.pop(), gradients, ids, mask)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16_units(ids.device)):
+            with torch.no_grad():
+                for block in self.blocks[:-1]:
+                    kept.append(_run(self.gm, block, kept[-1]))
+            for block in reversed(self.blocks):
+                gradients = self._block_back(block, kept.pop(), gradients, mask)
 
     def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
         if source in self._summed:
@@ -223,7 +230,7 @@ class _Backward:
         self._summed.add(source)
         rows = tokens_as_rows(values[source].detach(), mask)
         self.tokens += len(rows) if len(self._summed) == 1 else 0
-        _add(self.gram, source, gram_matrix(rows))
+        _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
     def _block_back(
@@ -231,12 +238,11 @@ class _Backward:
         block: _Block,
         inputs: Values,
         gradients: Mapping[Node, Tensor] | None,
-        ids: Tensor,
         mask: Tensor | None,
     ) -> dict[Node, Tensor]:
         """Gradients at the values that cross into a block, from those at the values that cross out of it.
 
-        None are those of the loss: the last block is computed once, and its logits are held no longer than needed.
+        None are those of the predictions: the last block is computed once, and its logits held no longer than needed.
         """
         leaves = {
             node: value.detach().requires_grad_()
@@ -253,7 +259,7 @@ class _Backward:
         with torch.enable_grad():
             outputs = _run(self.gm, block, {**inputs, **leaves}, note)
         if gradients is None:
-            gradients = {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), ids, mask)}
+            gradients = {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), mask, self._generator)}
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
         wanted = [*leaves, *met]
         if not (ends and wanted):
@@ -270,8 +276,21 @@ class _Backward:
         for node in met:
             if node in back:
                 rows = tokens_as_rows(back[node], mask)
-                _add(self.gradient_gram, node, gram_matrix(rows))
+                _add(self.gradient_gram, node, _gram_matrix(rows))
         return {node: gradient for node, gradient in back.items() if node in leaves}
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32 on a device."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _gram_matrix(rows: Tensor) -> Tensor:
+    with torch.autocast(rows.device.type, enabled=False):
+        return gram_matrix(rows)
 
 
 def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
@@ -281,16 +300,23 @@ def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
         sums[node] = term
 
 
-def _logits_gradient(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Gradient of the summed cross entropy of every next token, [batch, tokens, vocabulary]: softmax minus one-hot."""
-    gradient = torch.zeros_like(logits)
-    counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    for row in range(ids.shape[0]):
-        for start in range(0, ids.shape[1] - 1, _ROWS):
-            end = min(start + _ROWS, ids.shape[1] - 1)
-            probabilities = logits[row, start:end].float().softmax(dim=-1)
-            wanted = ids[row, start + 1 : end + 1].long()
-            probabilities[torch.arange(end - start), wanted] -= 1
-            probabilities *= (counts[row, start:end] & counts[row, start + 1 : end + 1])[:, None]
-            gradient[row, start:end] = probabilities.to(gradient.dtype)
+def _logits_gradient(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Softmax minus the one-hot vector of a token drawn from it, [batch, tokens, vocabulary]; 0 where padding is."""
+    gradient = torch.empty_like(logits)
+    for row in range(logits.shape[0]):
+        for start in range(0, logits.shape[1], _ROWS):
+            probabilities = logits[row, start : start + _ROWS].float().softmax(dim=-1)
+            drawn = _draw(probabilities, generator)
+            probabilities[torch.arange(len(drawn), device=drawn.device), drawn] -= 1
+            if mask is not None:
+                probabilities *= mask[row, start : start + _ROWS].bool()[:, None]
+            gradient[row, start : start + _ROWS] = probabilities.to(gradient.dtype)
     return gradient
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index for each row of `probabilities` [n, m], drawn from it, [n], int64."""
+    cumulative = probabilities.cumsum(dim=-1)
+    at = torch.rand(len(probabilities), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
+    found: Tensor = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
+    return found
