@@ -1,7 +1,7 @@
 """Output gradients: how much a language model's predictions feel an error at the output of each linear.
 
-Replacing the weight W [out, in] of a linear by W' moves the model's predictions, by their Kullback-Leibler divergence to
-second order and with the Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
+Replacing the weight W [out, in] of a linear by W' moves the model's predictions, by their Kullback-Leibler divergence
+to second order and with the Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
 
     || G^1/2 (W - W') A^1/2 ||_F^2        A = sum x x^T, [in, in]        G = sum g g^T, [out, out]
 
@@ -10,8 +10,9 @@ drawn from the prediction: of the token that really follows, the same sum would 
 curvature (Kunstner et al., arXiv 1905.12558). `dense_statistics` sums both in one forward and one backward pass of the
 dense model over every batch.
 
-No gradient of a weight is ever made. The graph runs in blocks: forward only the values that cross from one block to
-the next are kept, backward each block is computed again from those. Memory holds the sums and one block of one batch.
+No gradient of a weight is ever made. The graph runs in blocks, one batch at a time. Of the last blocks everything is
+kept that going back needs, as long as it fits `_KEPT_BYTES`; of the others only the values that cross from one to the
+next, from which they are computed again. Memory holds the sums, what is kept, and one block.
 
 Where the device has units for bfloat16, products and attention run in it (by autocast): the sums weigh errors and say
 where ranks are worth most, for which three digits are plenty. The sums themselves are taken in float32.
@@ -24,8 +25,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .capture import Captured
 from .errors import CalibrationError
@@ -37,6 +39,12 @@ Values = dict[Node, Any]
 
 _ROWS = 256
 """Tokens whose probabilities are computed at once, in float32."""
+
+_KEPT_BYTES = 2 << 30
+"""What going back may hold of a batch rather than have computed again."""
+
+_FOLDED = 4
+"""Gradients that are added up, with random signs, before their products are taken; see `_fold`."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,25 @@ def _run(gm: GraphModule, block: _Block, values: Values, seen: Callable[[Node, A
     return {node: values[node] for node in block.outputs if node in values}
 
 
+@dataclass(frozen=True)
+class _Record:
+    """A block that was computed with all that going back through it needs.
+
+    Attributes:
+        block: the block.
+        leaves: values that crossed into it.
+        met: outputs of the linears that gradients are wanted of.
+        outputs: values that cross out of it.
+        held: bytes that autograd keeps, weights of the model left out.
+    """
+
+    block: _Block
+    leaves: dict[Node, Tensor]
+    met: dict[Node, Tensor]
+    outputs: Values
+    held: int
+
+
 class _Backward:
     """Forward and backward passes over a graph, batch by batch, and their running sums."""
 
@@ -210,19 +237,32 @@ class _Backward:
         self.sum_abs: dict[Node, Tensor] = {}
         self.tokens = 0
         self._generator = torch.Generator().manual_seed(0)
+        self._weights = {weight.untyped_storage().data_ptr() for weight in gm.parameters()}
+        self._held_per_token = 0.0  # of the largest block so far
 
     def add(self, inputs: Values, mask: Tensor | None) -> None:
         """Adds one batch."""
         ids = inputs[self.loss.tokens]
         self._summed.clear()
-        kept = [inputs]
-        gradients: dict[Node, Tensor] | None = None
+        held = self._held_per_token * ids.numel()
+        recorded = max(int(_KEPT_BYTES / held), 1) if held else 1
+        first = max(len(self.blocks) - recorded, 0)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16_units(ids.device)):
+            crossing = [inputs]
             with torch.no_grad():
-                for block in self.blocks[:-1]:
-                    kept.append(_run(self.gm, block, kept[-1]))
-            for block in reversed(self.blocks):
-                gradients = self._block_back(block, kept.pop(), gradients, mask)
+                for block in self.blocks[:first]:
+                    crossing.append(_run(self.gm, block, crossing[-1]))
+            records = []
+            for block in self.blocks[first:]:
+                records.append(self._record(block, crossing[-1] if not records else records[-1].outputs, mask))
+            logits = records[-1].outputs[self.loss.logits].detach()
+            gradients: Mapping[Node, Tensor] = {self.loss.logits: _logits_gradient(logits, mask, self._generator)}
+            del logits
+            while records:
+                gradients = self._back(records.pop(), gradients, mask)
+            crossing.pop()
+            for block in reversed(self.blocks[:first]):
+                gradients = self._back(self._record(block, crossing.pop(), mask), gradients, mask)
 
     def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
         if source in self._summed:
@@ -233,51 +273,58 @@ class _Backward:
         _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
-    def _block_back(
-        self,
-        block: _Block,
-        inputs: Values,
-        gradients: Mapping[Node, Tensor] | None,
-        mask: Tensor | None,
-    ) -> dict[Node, Tensor]:
-        """Gradients at the values that cross into a block, from those at the values that cross out of it.
-
-        None are those of the predictions: the last block is computed once, and its logits held no longer than needed.
-        """
+    def _record(self, block: _Block, inputs: Values, mask: Tensor | None) -> _Record:
+        """Computes a block from the values that cross into it, and sums the inputs of its linears."""
+        inputs = {node: pytree.tree_map_only(Tensor, Tensor.detach, value) for node, value in inputs.items()}
         leaves = {
-            node: value.detach().requires_grad_()
+            node: value.requires_grad_()
             for node, value in inputs.items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         met: dict[Node, Tensor] = {}
+        held: dict[int, int] = {}
 
         def note(node: Node, values: Values) -> None:
             if node in self.targets:
                 met[node] = values[node] if values[node].requires_grad else values[node].requires_grad_()
                 self._sum_inputs(node.all_input_nodes[0], values, mask)
 
-        with torch.enable_grad():
-            outputs = _run(self.gm, block, {**inputs, **leaves}, note)
-        if gradients is None:
-            gradients = {self.loss.logits: _logits_gradient(outputs[self.loss.logits].detach(), mask, self._generator)}
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # an output that held itself would never be freed
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = _run(self.gm, block, inputs, note)
+        record = _Record(block, leaves, met, outputs, sum(held[at] for at in held.keys() - self._weights))
+        tokens = next(iter(met.values())).shape[:-1].numel() if met else 0
+        if tokens:
+            self._held_per_token = max(self._held_per_token, record.held / tokens)
+        return record
+
+    def _back(self, record: _Record, gradients: Mapping[Node, Tensor], mask: Tensor | None) -> dict[Node, Tensor]:
+        """Gradients at the values that cross into a block, from those at the values that cross out of it."""
+        outputs = record.outputs
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
-        wanted = [*leaves, *met]
+        wanted = [*record.leaves, *record.met]
         if not (ends and wanted):
             return {}
         at, along = [outputs[node] for node in ends], [gradients[node] for node in ends]
+        inputs = [*record.leaves.values(), *record.met.values()]
         try:
-            found = torch.autograd.grad(at, [*leaves.values(), *met.values()], along, allow_unused=True)
+            found = torch.autograd.grad(at, inputs, along, allow_unused=True)
         except RuntimeError as error:  # autograd has no narrower one; its NotImplementedError is one
+            nodes = record.block.nodes
             raise CalibrationError(
-                f"the model has no gradients at {block.nodes[0].name}..{block.nodes[-1].name}: {error}; "
+                f"the model has no gradients at {nodes[0].name}..{nodes[-1].name}: {error}; "
                 "pass gradients=False (--no-gradients)"
             ) from error
         back = {node: gradient for node, gradient in zip(wanted, found, strict=True) if gradient is not None}
-        for node in met:
+        for node in record.met:
             if node in back:
-                rows = tokens_as_rows(back[node], mask)
+                rows = _fold(tokens_as_rows(back[node], mask), self._generator)
                 _add(self.gradient_gram, node, _gram_matrix(rows))
-        return {node: gradient for node, gradient in back.items() if node in leaves}
+        return {node: gradient for node, gradient in back.items() if node in record.leaves}
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -286,6 +333,16 @@ def has_bfloat16_units(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _fold(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows [n, m] added up by `_FOLDED`, each with a random sign: Gram matrices keep their expectation, for less work.
+
+    Every token still counts, which it would not in a sample of the same size; a few tokens have most of the gradient.
+    """
+    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % _FOLDED)).view(-1, _FOLDED, rows.shape[1])
+    signs = torch.randint(0, 2, (len(padded), _FOLDED, 1), generator=generator).mul(2).sub(1).to(padded)
+    return (padded * signs).sum(dim=1)
 
 
 def _gram_matrix(rows: Tensor) -> Tensor:

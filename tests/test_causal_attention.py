@@ -38,7 +38,7 @@ def padded() -> torch.Tensor:
 )
 def test_other_masks_stay(mask):
     q = torch.randn(2, 4, 9, 8)
-    args, kwargs = without_causal_mask((q, q, q, mask), {})
+    _, kwargs = without_causal_mask((q, q, q, mask), {})
     assert kwargs["attn_mask"] is mask
     assert not kwargs.get("is_causal", False)
 

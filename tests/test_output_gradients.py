@@ -4,11 +4,11 @@ from tiny_models import tiny_llama
 from torch import nn
 from torch.nn import functional as F
 
+from pifa_compiler import output_gradients
 from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.linears import weight_name
-from pifa_compiler import output_gradients
-from pifa_compiler.output_gradients import NextToken, _blocks, _draw, dense_statistics, find_next_token_loss
+from pifa_compiler.output_gradients import NextToken, _blocks, _draw, _fold, dense_statistics, find_next_token_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,11 +42,17 @@ def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
     return grams, gradient_grams
 
 
-@pytest.mark.parametrize("bfloat16", [False, True], ids=["fp32", "bf16-units"])
+@pytest.mark.parametrize(
+    ("bfloat16", "kept"),
+    [(False, 0), (False, 1 << 14), (False, 1 << 30), (True, 1 << 30)],
+    ids=["fp32", "fp32-some-blocks-kept", "fp32-all-kept", "bf16-units"],
+)
 @pytest.mark.parametrize("padded", [None, slice(9, None), slice(None, 3)], ids=["whole", "right", "left"])
-def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, monkeypatch):
+def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, kept, monkeypatch):
     monkeypatch.setattr(output_gradients, "_draw", lambda probabilities, generator: torch.arange(len(probabilities)))
     monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: bfloat16)
+    monkeypatch.setattr(output_gradients, "_FOLDED", 1)
+    monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
     model = tiny_llama(num_hidden_layers=4)
     calls = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
     if padded is not None:
@@ -66,6 +72,16 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, mo
             assert got[f"{name}.weight"].dtype == torch.float32
             error = torch.linalg.norm(got[f"{name}.weight"] - wanted[name]) / torch.linalg.norm(wanted[name])
             assert error < tolerance
+
+
+def test_folded_rows_have_the_same_gram_matrix_in_the_mean():
+    rows, generator = torch.randn(6, 3), torch.Generator().manual_seed(0)
+    folded = [_fold(rows, generator) for _ in range(4000)]
+    assert folded[0].shape == (2, 3)  # six rows by fours, the rest padded
+    found = torch.stack([each.T @ each for each in folded])
+    # four standard deviations of a mean
+    bound = 4 * found.std(dim=0) / len(found) ** 0.5
+    assert bool(((found.mean(dim=0) - rows.T @ rows).abs() <= bound).all())
 
 
 def test_drawn_tokens_follow_the_probabilities_and_are_the_same_again():
