@@ -74,6 +74,20 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, ke
             assert error < tolerance
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch):
+    monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
+    captured = capture(tiny_llama(num_hidden_layers=4), [torch.randint(0, 64, (1, 12)) for _ in range(2)])
+    loss, linears = find_next_token_loss(captured), linears_of(captured)
+    run, ran = output_gradients._run, []
+    monkeypatch.setattr(output_gradients, "_run", lambda gm, block, *rest: ran.append(block) or run(gm, block, *rest))
+    dense_statistics(captured, linears, loss)
+    blocks = len(set(map(id, ran)))
+    assert blocks > 2
+    twice = 2 * blocks - 1  # but for the last block; how much blocks hold is known after the first batch
+    assert len(ran) == twice + (blocks if kept else twice)
+
+
 def test_folded_rows_have_the_same_gram_matrix_in_the_mean():
     rows, generator = torch.randn(6, 3), torch.Generator().manual_seed(0)
     folded = [_fold(rows, generator) for _ in range(4000)]
