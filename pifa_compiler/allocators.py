@@ -30,7 +30,7 @@ class Layer:
         weight: [out, in].
         attention: whether it makes queries, keys or values, or reads what attention gives.
         gram: sum x x^T of its inputs in the dense model, [in, in]; None where the allocator does not ask for it.
-        gradient_gram: sum g g^T of the loss's gradients at its outputs, [out, out], or None.
+        gradient_gram: sum g g^T of the gradients at its outputs, [out, out] (see `output_gradients`), or None.
     """
 
     name: str
@@ -166,7 +166,7 @@ def d_rank(sets: Sequence[Set], budget: Budget) -> Ranks:
 
 
 def globally(sets: Sequence[Set], budget: Budget) -> Ranks:
-    """The least summed rise of the loss, to second order; of relative output errors where gradients are unknown."""
+    """Predictions moved least in all, to second order; least relative output errors where gradients are unknown."""
     weighted = all(layer.gradient_gram is not None for layers in sets for layer in layers)
     return _minimise(sets, [losses(layers) if weighted else relative_losses(layers) for layers in sets], budget)
 

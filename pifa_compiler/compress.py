@@ -43,7 +43,7 @@ class CompressConfig:
         pivoting: how pivot rows are chosen, "lu" or "qr" (see `factorize`).
         allocator: how the density is shared out over the layers, a name in `allocators.ALLOCATORS`; None takes the
             method's own, "global" for `two-sided` and "uniform" for the others, as they were published.
-        gradients: whether `two-sided` weighs output errors by the gradients of the model's loss. That takes one
+        gradients: whether `two-sided` weighs output errors by what they do to the model's predictions. That takes one
             backward pass over the batches and a causal language model; for others, and without it, the errors of all
             outputs count alike.
         gradient_damping: as `damping`, of the Gram matrix of these gradients.
@@ -186,7 +186,7 @@ def measure(
 
     Args:
         model, batches, progress: as in `compress`.
-        gradients: whether the gradients of the model's loss are taken too; the result says why if there are none.
+        gradients: whether the gradients of the model's predictions are taken too; the result says why if there are none.
 
     Raises:
         CaptureError, CalibrationError: as in `compress`.

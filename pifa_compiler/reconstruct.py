@@ -73,7 +73,7 @@ class Method:
         two_flows: whether it looks at the inputs of the compressed model too; if not, the sweep runs the dense only.
         dense_gram: whether a method of two flows wants the dense model's Gram matrix as well.
         drift: whether it makes up for what the values lack that outputs are added to (see `Statistics`).
-        gradients: whether output errors are weighted by the gradients of the loss (see `solve_weighted`).
+        gradients: whether output errors are weighted by output gradients (see `solve_weighted`).
         allocator: how ranks are shared out unless asked otherwise, a name in `allocators.ALLOCATORS`.
     """
 
@@ -217,8 +217,8 @@ def solve_weighted(
     """A method's answer where an error e at the output costs e^T G e instead of e^T e.
 
     The weight R W with R^T R = G is made low-rank, and R taken off again: for `optimal` that is the exact minimiser,
-    the rank-r truncation of R T L^-T, between R^-1 and L^-1. With G the Gram matrix of the loss's gradients at the
-    output this is the second-order rise of the loss in K-FAC's form (arXiv 1503.05671).
+    the rank-r truncation of R T L^-T, between R^-1 and L^-1. With G the Gram matrix of the gradients at the output
+    this is, to second order and in K-FAC's form, how far predictions move; see `output_gradients`.
 
     Args:
         solve: what the method's `prepare` gave.
