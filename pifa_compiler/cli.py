@@ -110,7 +110,7 @@ def compress_verb(
         typer.Option(help="How ranks are shared out; an unknown name lists all. Default: global for two-sided."),
     ] = None,
     gradients: Annotated[
-        bool, typer.Option("--gradients/--no-gradients", help="Weigh errors by what they do to the model's predictions.")
+        bool, typer.Option("--gradients/--no-gradients", help="Weigh errors by what they do to predictions.")
     ] = True,
     dtype: Dtype = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,

@@ -186,7 +186,7 @@ def measure(
 
     Args:
         model, batches, progress: as in `compress`.
-        gradients: whether the gradients of the model's predictions are taken too; the result says why if there are none.
+        gradients: whether the gradients of its predictions are taken too; the result says why if there are none.
 
     Raises:
         CaptureError, CalibrationError: as in `compress`.
