@@ -19,9 +19,8 @@ where ranks are worth most, for which three digits are plenty. The sums themselv
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,11 +30,10 @@ from torch.utils import _pytree as pytree
 
 from .capture import Captured
 from .errors import CalibrationError
+from .graph_run import Block, Values, cut_into_blocks, run_block
 from .linears import weight_name
 from .reconstruct import Statistics
-from .sweep import Progress, call_node, gram_matrix, tokens_as_rows
-
-Values = dict[Node, Any]
+from .sweep import Progress, gram_matrix, tokens_as_rows
 
 _ROWS = 256
 """Tokens whose probabilities are computed at once, in float32."""
@@ -153,58 +151,10 @@ def _is_token_ids(value: Any) -> bool:
 
 @torch.no_grad()
 def _logits(gm: GraphModule, values: Values, logits: Node) -> Tensor:
-    for block in _blocks(gm, logits, 1):
-        values = _run(gm, block, values)
+    for block in cut_into_blocks(gm, logits, 1):
+        values = run_block(gm, block, values)
     found: Tensor = values[logits]
     return found
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Nodes that are computed together, and the values that something after them reads."""
-
-    nodes: tuple[Node, ...]
-    outputs: tuple[Node, ...]
-
-
-def _blocks(gm: GraphModule, last: Node, count: int) -> list[_Block]:
-    """Cuts what `last` needs into about `count` blocks, where few values cross."""
-    needed, pending = {last}, [last]
-    while pending:
-        new = set(pending.pop().all_input_nodes) - needed
-        needed |= new
-        pending += new
-    nodes = [node for node in gm.graph.nodes if node in needed and node.op not in ("placeholder", "get_attr")]
-    position = {node: index for index, node in enumerate(nodes)}
-    final = {
-        node: max((position[user] for user in node.users if user in position), default=-1)
-        for node in [*gm.graph.find_nodes(op="placeholder"), *nodes]
-    }
-    crossing = [0] * len(nodes)
-    for node in nodes:
-        whole = not isinstance(node.meta.get("val"), tuple | list)
-        for index in range(position[node], final[node]):
-            crossing[index] += 1 if whole else len(nodes)  # gradients are kept for tensors, not for lists of them
-    cuts, size = [0], max(len(nodes) // count, 1)
-    while len(nodes) - cuts[-1] > 1.5 * size:
-        reach = range(cuts[-1] + max(size // 2, 1), cuts[-1] + size + size // 2 + 1)
-        cuts.append(min(reach, key=lambda index: (crossing[index - 1], abs(index - cuts[-1] - size))))
-    cuts.append(len(nodes))
-    blocks = []
-    for start, end in pairwise(cuts):
-        outputs = tuple(node for node, at in final.items() if at >= end and position.get(node, -1) < end)
-        blocks.append(_Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ()))))
-    return blocks
-
-
-def _run(gm: GraphModule, block: _Block, values: Values, seen: Callable[[Node, Any], None] | None = None) -> Values:
-    """Computes a block from the values that cross into it; what crosses out of it."""
-    values = dict(values)
-    for node in block.nodes:
-        values[node] = call_node(gm, node, values)
-        if seen is not None:
-            seen(node, values)
-    return {node: values[node] for node in block.outputs if node in values}
 
 
 @dataclass(frozen=True)
@@ -219,7 +169,7 @@ class _Record:
         held: bytes that autograd keeps, weights of the model left out.
     """
 
-    block: _Block
+    block: Block
     leaves: dict[Node, Tensor]
     met: dict[Node, Tensor]
     outputs: Values
@@ -232,7 +182,7 @@ class _Backward:
     def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken, all_tokens: int) -> None:
         self.gm, self.loss, self.targets = gm, loss, frozenset(targets)
         self._summed: set[Node] = set()  # inputs of the batch at hand
-        self.blocks = _blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
+        self.blocks = cut_into_blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
         self.gram: dict[Node, Tensor] = {}
         self.gradient_gram: dict[Node, Tensor] = {}
         self.sum_abs: dict[Node, Tensor] = {}
@@ -253,7 +203,7 @@ class _Backward:
             crossing = [inputs]
             with torch.no_grad():
                 for block in self.blocks[:first]:
-                    crossing.append(_run(self.gm, block, crossing[-1]))
+                    crossing.append(run_block(self.gm, block, crossing[-1]))
             records = []
             for block in self.blocks[first:]:
                 records.append(self._record(block, crossing[-1] if not records else records[-1].outputs, mask))
@@ -275,7 +225,7 @@ class _Backward:
         _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
-    def _record(self, block: _Block, inputs: Values, mask: Tensor | None) -> _Record:
+    def _record(self, block: Block, inputs: Values, mask: Tensor | None) -> _Record:
         """Computes a block from the values that cross into it, and sums the inputs of its linears."""
         inputs = {node: pytree.tree_map_only(Tensor, Tensor.detach, value) for node, value in inputs.items()}
         leaves = {
@@ -297,7 +247,7 @@ class _Backward:
             return tensor.detach()  # an output that held itself would never be freed
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = _run(self.gm, block, inputs, note)
+            outputs = run_block(self.gm, block, inputs, note)
         record = _Record(block, leaves, met, outputs, sum(held[at] for at in held.keys() - self._weights))
         tokens = next(iter(met.values())).shape[:-1].numel() if met else 0
         if tokens:

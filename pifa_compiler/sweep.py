@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Captured
-from .causal_attention import without_causal_mask
 from .errors import CalibrationError
 from .factors import PifaFactors
+from .graph_run import Values, call
 from .kernels import linear
 from .linears import weight_name
 from .reconstruct import Statistics
@@ -32,7 +32,6 @@ Progress = Callable[[int, int, str], None]
 _GRAM_BLOCK = 384
 """Columns of a Gram matrix multiplied at once: wide enough that a product runs at full speed."""
 
-Values = dict[Node, Any]
 Flow = Literal["both", "dense", "compressed"]
 
 
@@ -136,27 +135,6 @@ def _ancestors(*nodes: Node) -> set[Node]:
     return found
 
 
-def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
-    """What a node computes from `values`; weights are read from the graph, and need no gradient."""
-
-    def value(argument: Node) -> Any:
-        if argument.op != "get_attr":
-            return values[argument]
-        constant = attrgetter(str(argument.target))(gm)
-        return constant.detach() if isinstance(constant, Tensor) else constant
-
-    return _call(node, value)
-
-
-def _call(node: Node, value: Callable[[Node], Any]) -> Any:
-    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-    if not callable(node.target):
-        raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        args, kwargs = without_causal_mask(args, kwargs)
-    return node.target(*args, **kwargs)
-
-
 class Sweep:
     """One walk over `captured`; see the module's docstring.
 
@@ -247,7 +225,7 @@ class Sweep:
             if isinstance(new, Tensor):
                 return nn.functional.linear(x, new, b)
             return linear(x, new.w_pivot, new.coeff, new.order(), b)
-        return _call(node, value)
+        return call(node, value)
 
     def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
         if node in self._constant:

@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"absorb", "group_solver", "targets"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
-    | {"allocate", "allocators", "output_gradients"},
+    | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients"},
     {"passes", "export"},
     {"factors", "linear", "linears", "report", "errors"},
     {"kernels"},

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from pifa_compiler import output_gradients
 from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
+from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
-from pifa_compiler.output_gradients import NextToken, _blocks, _draw, _fold, dense_statistics, find_next_token_loss
+from pifa_compiler.output_gradients import NextToken, _draw, _fold, dense_statistics, find_next_token_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,8 +79,10 @@ def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch)
     monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
     captured = capture(tiny_llama(num_hidden_layers=4), [torch.randint(0, 64, (1, 12)) for _ in range(2)])
     loss, linears = find_next_token_loss(captured), linears_of(captured)
-    run, ran = output_gradients._run, []
-    monkeypatch.setattr(output_gradients, "_run", lambda gm, block, *rest: ran.append(block) or run(gm, block, *rest))
+    run, ran = output_gradients.run_block, []
+    monkeypatch.setattr(
+        output_gradients, "run_block", lambda gm, block, *rest: ran.append(block) or run(gm, block, *rest)
+    )
     dense_statistics(captured, linears, loss)
     blocks = len(set(map(id, ran)))
     assert blocks > 2
@@ -130,7 +133,7 @@ def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
     loss = find_next_token_loss(captured)
     dense_statistics(captured, linears_of(captured), loss)
     assert all(parameter.grad is None for parameter in model.parameters())
-    blocks = _blocks(captured.graph, loss.logits, 6)
+    blocks = cut_into_blocks(captured.graph, loss.logits, 6)
     nodes = [node for block in blocks for node in block.nodes]
     assert len(nodes) == len(set(nodes))
     assert 5 <= len(blocks) <= 9

@@ -1,0 +1,90 @@
+"""Running a captured graph node by node, or in blocks: for passes over it that look at values on the way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+
+from .causal_attention import without_causal_mask
+from .errors import CalibrationError
+
+Values = dict[Node, Any]
+
+
+def call(node: Node, value: Callable[[Node], Any]) -> Any:
+    """What a node computes, its arguments looked up by `value`; a causal mask runs as causal attention.
+
+    Raises:
+        CalibrationError: the node calls no function.
+    """
+    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+    if not callable(node.target):
+        raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        args, kwargs = without_causal_mask(args, kwargs)
+    return node.target(*args, **kwargs)
+
+
+def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
+    """What a node computes from `values`; weights are read from the graph, and need no gradient."""
+
+    def value(argument: Node) -> Any:
+        if argument.op != "get_attr":
+            return values[argument]
+        constant = attrgetter(str(argument.target))(gm)
+        return constant.detach() if isinstance(constant, Tensor) else constant
+
+    return call(node, value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes that are computed together, and the values that something after them reads."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
+    """Cuts what `last` needs into about `count` blocks, where few values cross."""
+    needed, pending = {last}, [last]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - needed
+        needed |= new
+        pending += new
+    nodes = [node for node in gm.graph.nodes if node in needed and node.op not in ("placeholder", "get_attr")]
+    position = {node: index for index, node in enumerate(nodes)}
+    final = {
+        node: max((position[user] for user in node.users if user in position), default=-1)
+        for node in [*gm.graph.find_nodes(op="placeholder"), *nodes]
+    }
+    crossing = [0] * len(nodes)
+    for node in nodes:
+        whole = not isinstance(node.meta.get("val"), tuple | list)
+        for index in range(position[node], final[node]):
+            crossing[index] += 1 if whole else len(nodes)  # gradients are kept for tensors, not for lists of them
+    cuts, size = [0], max(len(nodes) // count, 1)
+    while len(nodes) - cuts[-1] > 1.5 * size:
+        reach = range(cuts[-1] + max(size // 2, 1), cuts[-1] + size + size // 2 + 1)
+        cuts.append(min(reach, key=lambda index: (crossing[index - 1], abs(index - cuts[-1] - size))))
+    cuts.append(len(nodes))
+    blocks = []
+    for start, end in pairwise(cuts):
+        outputs = tuple(node for node, at in final.items() if at >= end and position.get(node, -1) < end)
+        blocks.append(Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ()))))
+    return blocks
+
+
+def run_block(gm: GraphModule, block: Block, values: Values, seen: Callable[[Node, Any], None] | None = None) -> Values:
+    """Computes a block from the values that cross into it; what crosses out of it."""
+    values = dict(values)
+    for node in block.nodes:
+        values[node] = call_node(gm, node, values)
+        if seen is not None:
+            seen(node, values)
+    return {node: values[node] for node in block.outputs if node in values}
