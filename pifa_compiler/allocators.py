@@ -187,13 +187,14 @@ def squared_singular_values(layer: Layer) -> Tensor:
     With L L^T = A they are the eigenvalues of L^T W^T G W L, so that only the matrix of the smaller side, here that of
     the inputs, needs a root.
     """
-    weight, inputs = layer.weight.double(), _gram(layer).double()
-    outputs = None if layer.gradient_gram is None else layer.gradient_gram.double()
+    weight = layer.weight.double()
+    grams = [gram if gram is None else gram.double() for gram in (_gram(layer), layer.gradient_gram)]
     if weight.shape[0] < weight.shape[1]:
-        weight, inputs, outputs = weight.T, outputs, inputs
-    small = weight.T @ (weight if outputs is None else outputs @ weight)
-    if inputs is not None:
-        root = gram_root(inputs, 0).root
+        weight, grams = weight.T, grams[::-1]
+    smaller, larger = grams
+    small = weight.T @ (weight if larger is None else larger @ weight)
+    if smaller is not None:
+        root = gram_root(smaller, 0).root
         small = root.T @ small @ root
     squared: Tensor = torch.linalg.eigvalsh(small)
     return squared.flip(0).clamp(min=0)

@@ -200,19 +200,21 @@ class _Backward:
         recorded = max(int(_KEPT_BYTES / held), 1) if held else 1
         first = max(len(self.blocks) - recorded, 0)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16_units(ids.device)):
-            crossing = [inputs]
+            crossing: list[Values] = []
+            values = inputs
             with torch.no_grad():
                 for block in self.blocks[:first]:
-                    crossing.append(run_block(self.gm, block, crossing[-1]))
-            records = []
+                    crossing.append(values)
+                    values = run_block(self.gm, block, values)
+            records: list[_Record] = []
             for block in self.blocks[first:]:
-                records.append(self._record(block, crossing[-1] if not records else records[-1].outputs, mask))
-            logits = records[-1].outputs[self.loss.logits].detach()
-            gradients: Mapping[Node, Tensor] = {self.loss.logits: _logits_gradient(logits, mask, self._generator)}
-            del logits
+                records.append(self._record(block, values, mask))
+                values = records[-1].outputs
+            logits = values[self.loss.logits].detach()
+            gradients = {self.loss.logits: _logits_gradient(logits, mask, self._generator)}
+            del values, logits
             while records:
                 gradients = self._back(records.pop(), gradients, mask)
-            crossing.pop()
             for block in reversed(self.blocks[:first]):
                 gradients = self._back(self._record(block, crossing.pop(), mask), gradients, mask)
 
