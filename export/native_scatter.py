@@ -1,7 +1,6 @@
 """The native `PifaScatter` for onnxruntime on CPUs (pifa_scatter.c), built once for the machine by its C compiler."""
 
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -9,6 +8,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from ..kernels.native_cache import folder_for
 
 SOURCE = Path(__file__).with_name("pifa_scatter.c")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -20,8 +21,8 @@ _SECONDS = 120.0
 def build() -> Path | str:
     """The library, built unless that was done before.
 
-    The compiler is $CC, or the first of cc, gcc and clang. The library is kept under ~/.cache/pifa-compiler (or
-    $XDG_CACHE_HOME/pifa-compiler); its folder's name says what it was built from: source, command, compiler, processor.
+    The compiler is $CC, or the first of cc, gcc and clang. The library is kept in a folder whose name says what it was
+    built from: source, command, compiler, processor.
 
     Returns:
         Its path, or why it cannot be had: models then run on their own functions.
@@ -34,7 +35,7 @@ def build() -> Path | str:
             [*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False
         ).stdout
         key = "\n".join((SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, version, _processor()))
-        folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:24]
+        folder = folder_for(key)
         library = folder / "pifa_scatter.so"
         if library.exists():
             return library
@@ -65,7 +66,3 @@ def _processor() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pifa-compiler"

@@ -9,9 +9,7 @@ element by element, at 3.4 ns an element of float32 where a copy takes 0.4.
 """
 
 import functools
-import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import linear as _defines_the_library  # noqa: F401
+from .native_cache import folder_for
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,8 @@ torch.library.register_fake("pifa::linear_siblings_cpu", _shapes, lib=_LIBRARY)
 def load() -> str | None:
     """Builds the native code unless that was done before, and loads it.
 
-    It is compiled by the C++ compiler that Inductor would use, for this machine's vector units, and kept under
-    ~/.cache/pifa-compiler (or $XDG_CACHE_HOME/pifa-compiler). The name says what it was built from: source, compiler
-    command and version of torch.
+    It is compiled by the C++ compiler that Inductor would use, for this machine's vector units, and kept in a folder
+    whose name says what it was built from: source, compiler command and version of torch.
 
     Returns:
         None, or why it cannot be had (no compiler, say): `pifa::linear` is then run as the plain subgraph.
@@ -64,7 +62,7 @@ def load() -> str | None:
         # The command says -march=native: a home that several machines share needs a library for each kind of them.
         machine = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
         key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
-        folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:24]
+        folder = folder_for(key)
         library = folder / Path(builder.get_target_file_path()).name
         if not library.exists():
             log.info("building %s once for this machine; takes some 20 seconds", library)
@@ -77,7 +75,3 @@ def load() -> str | None:
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         return f"native code could not be built: {error}".splitlines()[0]
     return None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pifa-compiler"
