@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -40,9 +40,6 @@ _ROWS = 256
 
 _KEPT_BYTES = 2 << 30
 """What going back may hold of a batch rather than have computed again."""
-
-_FOLDED, _ROWS_AN_OUTPUT = 4, 4
-"""Gradients that are added up before their products are taken, see `_fold`, unless it leaves fewer rows an output."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,7 @@ def dense_statistics(
         CalibrationError: the graph holds an operation that has no gradient, or a gradient is not finite.
     """
     placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    place = placeholders.index(loss.tokens)
-    runner = _Backward(captured.graph, targets, loss, sum(values[place].numel() for values in captured.inputs))
+    runner = _Backward(captured.graph, targets, loss)
     for index, (values, mask) in enumerate(zip(captured.inputs, captured.token_masks, strict=True), start=1):
         runner.add(dict(zip(placeholders, values, strict=True)), mask)
         if progress is not None:
@@ -179,7 +175,7 @@ class _Record:
 class _Backward:
     """Forward and backward passes over a graph, batch by batch, and their running sums."""
 
-    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken, all_tokens: int) -> None:
+    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken) -> None:
         self.gm, self.loss, self.targets = gm, loss, frozenset(targets)
         self._summed: set[Node] = set()  # inputs of the batch at hand
         self.blocks = cut_into_blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
@@ -187,7 +183,6 @@ class _Backward:
         self.gradient_gram: dict[Node, Tensor] = {}
         self.sum_abs: dict[Node, Tensor] = {}
         self.tokens = 0
-        self._all_tokens = all_tokens
         self._generator = torch.Generator().manual_seed(0)
         self._weights = {weight.untyped_storage().data_ptr() for weight in gm.parameters()}
         self._held_per_token = 0.0  # of the largest block so far
@@ -277,8 +272,7 @@ class _Backward:
         for node in record.met:
             if node in back:
                 rows = tokens_as_rows(back[node], mask)
-                count = min(self._all_tokens // (_ROWS_AN_OUTPUT * rows.shape[1]), _FOLDED)
-                _add(self.gradient_gram, node, _gram_matrix(_fold(rows, count, self._generator)))
+                _add(self.gradient_gram, node, _gram_matrix(rows))
         return {node: gradient for node, gradient in back.items() if node in record.leaves}
 
 
@@ -288,18 +282,6 @@ def has_bfloat16_units(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _fold(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows [n, m] added up by `count`, each with a random sign: Gram matrices keep their expectation, for less work.
-
-    Every token still counts, which it would not in a sample of the same size; a few tokens have most of the gradient.
-    """
-    if count <= 1:
-        return rows
-    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % count)).view(-1, count, rows.shape[1])
-    signs = torch.randint(0, 2, (len(padded), count, 1), generator=generator).mul(2).sub(1).to(padded)
-    return (padded * signs).sum(dim=1)
 
 
 def _gram_matrix(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
-from pifa_compiler.output_gradients import NextToken, _draw, _fold, dense_statistics, find_next_token_loss
+from pifa_compiler.output_gradients import NextToken, _draw, dense_statistics, find_next_token_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -88,32 +88,6 @@ def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch)
     assert blocks > 2
     twice = 2 * blocks - 1  # but for the last block; how much blocks hold is known after the first batch
     assert len(ran) == twice + (blocks if kept else twice)
-
-
-def test_folded_rows_have_the_same_gram_matrix_in_the_mean():
-    rows, generator = torch.randn(6, 3), torch.Generator().manual_seed(0)
-    assert _fold(rows, 1, generator) is rows
-    folded = [_fold(rows, 4, generator) for _ in range(4000)]
-    assert folded[0].shape == (2, 3)  # six rows by fours, the rest padded
-    found = torch.stack([each.T @ each for each in folded])
-    # four standard deviations of a mean
-    bound = 4 * found.std(dim=0) / len(found) ** 0.5
-    assert bool(((found.mean(dim=0) - rows.T @ rows).abs() <= bound).all())
-
-
-def test_gradients_of_many_tokens_are_folded_and_the_sums_still_near(monkeypatch):
-    model = tiny_llama(num_hidden_layers=1)
-    captured = capture(model, [torch.randint(0, 64, (4, 64)) for _ in range(16)])  # 64 tokens an output
-    loss, linears = find_next_token_loss(captured), linears_of(captured)
-    fold, counts = output_gradients._fold, set()
-    monkeypatch.setattr(output_gradients, "_fold", lambda rows, n, rng: counts.add(n) or fold(rows, n, rng))
-    folded = dense_statistics(captured, linears, loss).gradient_gram
-    assert counts == {4}
-    monkeypatch.setattr(output_gradients, "_FOLDED", 1)
-    whole = dense_statistics(captured, linears, loss).gradient_gram
-    for name, gram in whole.items():
-        # 4096 tokens make 1024 rows: an entry is off by about 1/32 of the diagonal
-        assert float((folded[name] - gram).abs().max() / gram.diagonal().max()) < 0.2
 
 
 def test_drawn_tokens_follow_the_probabilities_and_are_the_same_again():
