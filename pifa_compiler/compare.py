@@ -1,7 +1,8 @@
 """`compare`: perplexity over stored numbers, every method and density on the same samples and the same texts.
 
 Rows are kept in a JSON file as they are made, so that a run that was stopped goes on where it was. The dense model is
-measured once for all rows: methods of one flow, rank allocators and output gradients share its sums.
+measured once for all rows with output gradients, and once for the methods of one flow and allocators without: gradients
+may be taken in bfloat16, and no method shall suffer from another's precision.
 """
 
 import copy
@@ -10,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Row:
         perplexity: by test text; None where it is beyond all numbers.
         seconds: to compress, without what the dense model's statistics took.
         shared_seconds: what those took, once for all rows; 0 where the row needs none.
+        threads: of PyTorch, while these seconds were taken.
     """
 
     method: str
@@ -78,6 +80,7 @@ class Row:
     perplexity: dict[str, float | None]
     seconds: float = 0.0
     shared_seconds: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def key(self) -> tuple[str, float | None]:
@@ -170,7 +173,7 @@ def compare(
     wanted: list[tuple[str, float | None]] = [("dense", None)]
     wanted += [(name, None) for name in methods if name in PRUNERS]
     wanted += [key for key in product((name for name in methods if name not in PRUNERS), densities)]
-    shared = _Shared(model, batches, [key for key in wanted if not file.has(key)])
+    shared = _Shared(model, batches)
     for name, density in wanted:
         if not file.has((name, density)):
             file.append(_row(shared, tests, file.setting, name, density, _told(progress, name, density)))
@@ -188,20 +191,17 @@ def _told(progress: Progress | None, name: str, density: float | None) -> Progre
 class _Shared:
     """What rows share: the dense model, its batches, and its statistics once a row asks for them."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], todo: Sequence[tuple[str, float | None]]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         self.model, self.batches = model, batches
-        methods = [reconstruct.METHODS[name.partition("+")[0]] for name, density in todo if density is not None]
-        self._gradients = any(method.gradients for method in methods)
-        self._statistics: DenseStatistics | None = None
-        self.seconds = 0.0
+        self._measured: dict[bool, tuple[DenseStatistics, float]] = {}
 
-    def statistics(self, progress: Progress) -> DenseStatistics:
-        """Measures the dense model, the first time."""
-        if self._statistics is None:
+    def statistics(self, gradients: bool, progress: Progress) -> tuple[DenseStatistics, float]:
+        """Of the dense model, measured the first time, and the seconds that took."""
+        if gradients not in self._measured:
             started = time.perf_counter()
-            self._statistics = measure(self.model, self.batches, gradients=self._gradients, progress=progress)
-            self.seconds = time.perf_counter() - started
-        return self._statistics
+            found = measure(self.model, self.batches, gradients=gradients, progress=progress)
+            self._measured[gradients] = found, time.perf_counter() - started
+        return self._measured[gradients]
 
 
 def _row(
@@ -214,6 +214,7 @@ def _row(
 ) -> Row:
     model = copy.deepcopy(shared.model)
     stored, seconds, shared_seconds = 1.0, 0.0, 0.0
+    statistics = None
     if name in PRUNERS:
         started = time.perf_counter()
         prune(model, shared.batches, name, progress)
@@ -222,10 +223,10 @@ def _row(
         method, _, allocator = name.partition("+")
         config = CompressConfig(density, method, rank_multiple=setting.rank_multiple, allocator=allocator or None)
         kind = reconstruct.METHODS[method]
-        needs = not kind.two_flows or kind.gradients or ALLOCATORS[config.allocator or kind.allocator].needs_gram
-        statistics = shared.statistics(progress) if needs else None
+        if not kind.two_flows or kind.gradients or ALLOCATORS[config.allocator or kind.allocator].needs_gram:
+            statistics, shared_seconds = shared.statistics(kind.gradients, progress)
         report = compress(model, shared.batches, config, statistics=statistics, progress=progress)
-        stored, seconds, shared_seconds = report.density, report.seconds, shared.seconds if needs else 0.0
+        stored, seconds = report.density, report.seconds
     found = {text: perplexity(model, windows).perplexity for text, windows in tests.items()}
     finite = {text: value if math.isfinite(value) else None for text, value in found.items()}
     return Row(name, density, stored, finite, seconds, shared_seconds)

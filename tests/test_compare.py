@@ -31,7 +31,7 @@ def run(path: Path, texts, methods, densities=(0.6,), batches=None) -> list[Row]
 
 
 def test_every_row_is_what_compress_gives_by_itself(tmp_path, texts):
-    """Rows share the dense model's statistics; that changes nothing but rounding."""
+    """Rows share the dense model's statistics; that changes nothing but float32 rounding."""
     torch.manual_seed(5)
     batches = windows(4)
     names = ["svd-llm", "asvd", "mpifa+owl", "optimal", "two-sided"]
@@ -43,7 +43,7 @@ def test_every_row_is_what_compress_gives_by_itself(tmp_path, texts):
         config = pc.CompressConfig(0.6, method, rank_multiple=1, allocator=allocator or None)
         assert pc.compress(model, batches, config).density == row.stored <= 0.6
         for text in texts:
-            assert row.perplexity[text] == pytest.approx(perplexity(model, texts[text]).perplexity, rel=1e-3)
+            assert row.perplexity[text] == pytest.approx(perplexity(model, texts[text]).perplexity, rel=1e-4)
     assert rows[0].perplexity["a"] == pytest.approx(perplexity(tiny_llama(), texts["a"]).perplexity)
 
 
