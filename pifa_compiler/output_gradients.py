@@ -1,12 +1,14 @@
 """Output gradients: how much a language model's predictions feel an error at the output of each linear.
 
-Replacing the weight W [out, in] of a linear by W' moves the model's predictions, by their Kullback-Leibler divergence
+Replacing the weight W [out, in] of a linear by W' moves the model's predictions p, by their Kullback-Leibler divergence
 to second order and with the Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671), by a multiple of
 
     || G^1/2 (W - W') A^1/2 ||_F^2        A = sum x x^T, [in, in]        G = sum g g^T, [out, out]
 
-over the calibration tokens, x the linear's input and g the gradient, at its output, of the cross entropy of a token
-drawn from the prediction: of the token that really follows, the same sum would be another matrix, which says less about
+over the calibration tokens, x the linear's input and g, at its output, the gradient of sum_i 2 z_i sqrt(p_i) with
+random signs z for every token: the mean of g g^T over z is Fisher's matrix. The usual g, the gradient of the cross
+entropy of a token drawn from p, has the same mean but varies more, as a sure prediction rarely draws another token and
+then makes a large gradient. Of the token that really follows in the text, g g^T has another mean, which says less about
 curvature (Kunstner et al., arXiv 1905.12558). `dense_statistics` sums both in one forward and one backward pass of the
 dense model over every batch.
 
@@ -56,7 +58,7 @@ class DenseStatistics:
 
     Attributes:
         gram: sum x x^T, [in, in]; linears on one input share one tensor.
-        gradient_gram: sum g g^T, [out, out]; see the module's docstring. Tokens are drawn alike in every run.
+        gradient_gram: sum g g^T, [out, out]; see the module's docstring. The random signs are the same in every run.
         sum_abs: sum |x| of every channel, [in].
         tokens: how many tokens were summed.
         no_gradients: why `gradient_gram` is empty; None if it is not.
@@ -297,22 +299,23 @@ def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
 
 
 def _logits_gradient(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Softmax minus the one-hot vector of a token drawn from it, [batch, tokens, vocabulary]; 0 where padding is."""
+    """Gradient of sum_i 2 z_i sqrt(p_i) of every token, [batch, tokens, vocabulary]; 0 where padding is.
+
+    With p = softmax(logits) it is sqrt(p) * z - p (sqrt(p) . z). Some tokens share z but for one sign of their own.
+    """
     gradient = torch.empty_like(logits)
     for row in range(logits.shape[0]):
         for start in range(0, logits.shape[1], _ROWS):
             probabilities = logits[row, start : start + _ROWS].float().softmax(dim=-1)
-            drawn = _draw(probabilities, generator)
-            probabilities[torch.arange(len(drawn), device=drawn.device), drawn] -= 1
+            signed = probabilities.sqrt() * _signs(probabilities.shape[1], generator).to(probabilities)
+            found = signed - probabilities * signed.sum(dim=1, keepdim=True)
+            found *= _signs(len(found), generator).to(found)[:, None]
             if mask is not None:
-                probabilities *= mask[row, start : start + _ROWS].bool()[:, None]
-            gradient[row, start : start + _ROWS] = probabilities.to(gradient.dtype)
+                found *= mask[row, start : start + _ROWS].bool()[:, None]
+            gradient[row, start : start + _ROWS] = found.to(gradient.dtype)
     return gradient
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index for each row of `probabilities` [n, m], drawn from it, [n], int64."""
-    cumulative = probabilities.cumsum(dim=-1)
-    at = torch.rand(len(probabilities), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
-    found: Tensor = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
-    return found
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    """Random numbers -1 and 1, [count], int64."""
+    return torch.randint(0, 2, (count,), generator=generator).mul(2).sub(1)

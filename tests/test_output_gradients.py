@@ -2,14 +2,13 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 from torch import nn
-from torch.nn import functional as F
 
 from pifa_compiler import output_gradients
 from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
-from pifa_compiler.output_gradients import NextToken, _draw, dense_statistics, find_next_token_loss
+from pifa_compiler.output_gradients import NextToken, _logits_gradient, dense_statistics, find_next_token_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,7 +21,7 @@ def linears_of(captured, *, head: bool = False):
 def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
     """sum x x^T and sum g g^T of every linear, from hooks on the whole model and one backward pass for each call.
 
-    The token drawn at every place of a row is the number of the place.
+    All random signs are 1.
     """
     grams: dict[str, torch.Tensor] = {}
     gradient_grams: dict[str, torch.Tensor] = {}
@@ -33,8 +32,7 @@ def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
     for call in calls:
         mask = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
         scores = model(**call, use_cache=False).logits
-        drawn = torch.arange(scores.shape[1]).expand(mask.shape)[mask]
-        loss = F.cross_entropy(scores[mask], drawn, reduction="sum")
+        loss = 2 * scores[mask].softmax(dim=-1).sqrt().sum()
         names = [name for name in outputs if name != "lm_head"]
         for name, g in zip(names, torch.autograd.grad(loss, [outputs[n][1] for n in names]), strict=True):
             x, g = outputs[name][0][mask], g[mask]
@@ -50,7 +48,7 @@ def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
 )
 @pytest.mark.parametrize("padded", [None, slice(9, None), slice(None, 3)], ids=["whole", "right", "left"])
 def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, kept, monkeypatch):
-    monkeypatch.setattr(output_gradients, "_draw", lambda probabilities, generator: torch.arange(len(probabilities)))
+    monkeypatch.setattr(output_gradients, "_signs", lambda count, generator: torch.ones(count))
     monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: bfloat16)
     monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
     model = tiny_llama(num_hidden_layers=4)
@@ -90,15 +88,16 @@ def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch)
     assert len(ran) == twice + (blocks if kept else twice)
 
 
-def test_drawn_tokens_follow_the_probabilities_and_are_the_same_again():
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    rows = probabilities.expand(20000, 6)
-    drawn = _draw(rows, torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=6) / len(drawn)
-    # four standard deviations of a share, at most 0.5 / sqrt(20000) each
-    torch.testing.assert_close(shares, probabilities, rtol=0, atol=4 * 0.5 / 20000**0.5)
-    assert torch.equal(shares == 0, probabilities == 0)
-    assert torch.equal(drawn, _draw(rows, torch.Generator().manual_seed(0)))
+def test_the_gradients_of_all_signs_have_fishers_matrix_in_the_mean_and_no_tie_between_tokens():
+    logits, generator = torch.randn(1, 2, 5), torch.Generator().manual_seed(0)
+    found = torch.stack([_logits_gradient(logits, None, generator)[0].flatten() for _ in range(20000)])
+    products = found[:, :, None] * found[:, None, :]
+    p = logits[0].softmax(dim=-1)
+    fisher = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p))
+    bound = 5 * products.std(dim=0) / len(found) ** 0.5 + 1e-6  # five standard deviations of a mean
+    assert bool(((products.mean(dim=0) - fisher).abs() <= bound).all())
+    again = _logits_gradient(logits, None, torch.Generator().manual_seed(0))[0].flatten()
+    assert torch.equal(again, found[0])
 
 
 def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
