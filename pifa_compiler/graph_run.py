@@ -42,6 +42,16 @@ def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
     return call(node, value)
 
 
+def ancestors(*nodes: Node) -> set[Node]:
+    """All that nodes are computed from, the nodes themselves among them."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
+
+
 @dataclass(frozen=True)
 class Block:
     """Nodes that are computed together, and the values that something after them reads."""
@@ -52,11 +62,7 @@ class Block:
 
 def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
     """Cuts what `last` needs into about `count` blocks, where few values cross."""
-    needed, pending = {last}, [last]
-    while pending:
-        new = set(pending.pop().all_input_nodes) - needed
-        needed |= new
-        pending += new
+    needed = ancestors(last)
     nodes = [node for node in gm.graph.nodes if node in needed and node.op not in ("placeholder", "get_attr")]
     position = {node: index for index, node in enumerate(nodes)}
     final = {

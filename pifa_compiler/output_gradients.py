@@ -164,14 +164,12 @@ class _Record:
         leaves: values that crossed into it.
         met: outputs of the linears that gradients are wanted of.
         outputs: values that cross out of it.
-        held: bytes that autograd keeps, weights of the model left out.
     """
 
     block: Block
     leaves: dict[Node, Tensor]
     met: dict[Node, Tensor]
     outputs: Values
-    held: int
 
 
 class _Backward:
@@ -247,11 +245,11 @@ class _Backward:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = run_block(self.gm, block, inputs, note)
-        record = _Record(block, leaves, met, outputs, sum(held[at] for at in held.keys() - self._weights))
-        tokens = next(iter(met.values())).shape[:-1].numel() if met else 0
-        if tokens:
-            self._held_per_token = max(self._held_per_token, record.held / tokens)
-        return record
+        if met:
+            tokens = next(iter(met.values())).shape[:-1].numel()
+            own = sum(size for at, size in held.items() if at not in self._weights)
+            self._held_per_token = max(self._held_per_token, own / tokens)
+        return _Record(block, leaves, met, outputs)
 
     def _back(self, record: _Record, gradients: Mapping[Node, Tensor], mask: Tensor | None) -> dict[Node, Tensor]:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
@@ -264,6 +262,8 @@ class _Backward:
         inputs = [*record.leaves.values(), *record.met.values()]
         try:
             found = torch.autograd.grad(at, inputs, along, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError as well, and none about the model
         except RuntimeError as error:  # autograd has no narrower one; its NotImplementedError is one
             nodes = record.block.nodes
             raise CalibrationError(

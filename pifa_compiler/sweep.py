@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured
 from .errors import CalibrationError
 from .factors import PifaFactors
-from .graph_run import Values, call
+from .graph_run import Values, ancestors, call
 from .kernels import linear
 from .linears import weight_name
 from .reconstruct import Statistics
@@ -85,9 +85,9 @@ def plan(graph: torch.fx.Graph, targets: Iterable[Node], *, drift: bool = False)
     segments = []
     for group in groups(graph, unsolved):
         addends = {member: tuple(_addends(member)) for member in group.members if drift}
-        addends = {member: nodes for member, nodes in addends.items() if nodes and not unsolved & _ancestors(*nodes)}
+        addends = {member: nodes for member, nodes in addends.items() if nodes and not unsolved & ancestors(*nodes)}
         unsolved -= set(group.members)
-        wanted = _ancestors(group.source, *(node for nodes in addends.values() for node in nodes))
+        wanted = ancestors(group.source, *(node for nodes in addends.values() for node in nodes))
         needed = sorted(wanted - done, key=position.__getitem__)
         done.update(needed)
         computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
@@ -123,16 +123,6 @@ def _addends(node: Node) -> Iterator[Node]:
 def _shape(value: Any) -> torch.Size | None:
     found = value.meta.get("val") if isinstance(value, Node) else None
     return found.shape if isinstance(found, Tensor) else None
-
-
-def _ancestors(*nodes: Node) -> set[Node]:
-    """The nodes themselves among them."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        new = set(pending.pop().all_input_nodes) - found
-        found |= new
-        pending += new
-    return found
 
 
 class Sweep:
