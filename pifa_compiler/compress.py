@@ -135,7 +135,7 @@ def compress(
     meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
     method = reconstruct.METHODS[config.method]
     allocator = config.allocator or method.allocator
-    measured = _needed(config, statistics) or _measure(captured, list(found), config, progress)
+    measured = _needed(config, statistics) or _measure(captured, list(found), config, progress, for_ranks=True)
     if measured.no_gradients is not None and method.gradients and config.gradients:
         report.note(f"output errors are not weighted by gradients: {measured.no_gradients}")
     targets = give_ranks(
@@ -207,13 +207,18 @@ def _needed(config: CompressConfig, given: DenseStatistics | None) -> DenseStati
 
 
 def _measure(
-    captured: Captured, nodes: Sequence[Node], config: CompressConfig, progress: Progress | None
+    captured: Captured,
+    nodes: Sequence[Node],
+    config: CompressConfig,
+    progress: Progress | None,
+    *,
+    for_ranks: bool = False,
 ) -> DenseStatistics:
     statistics = DenseStatistics()
     if reconstruct.METHODS[config.method].gradients and config.gradients:
         loss = find_next_token_loss(captured)
         if not isinstance(loss, str):
-            return dense_statistics(captured, nodes, loss, progress)
+            return dense_statistics(captured, nodes, loss, progress, for_ranks=for_ranks)
         statistics.no_gradients = loss
 
     def keep(group: Group, sums: reconstruct.Statistics) -> dict[Node, PifaFactors]:

@@ -40,6 +40,9 @@ from .sweep import Progress, gram_matrix, tokens_as_rows
 _ROWS = 256
 """Tokens whose probabilities are computed at once, in float32."""
 
+_TOKENS_FOR_RANKS = 4
+"""Tokens for every channel of the widest input: sums of more hardly change the ranks."""
+
 _KEPT_BYTES = 2 << 30
 """What going back may hold of a batch rather than have computed again."""
 
@@ -60,7 +63,7 @@ class DenseStatistics:
         gram: sum x x^T, [in, in]; linears on one input share one tensor.
         gradient_gram: sum g g^T, [out, out]; see the module's docstring. The random signs are the same in every run.
         sum_abs: sum |x| of every channel, [in].
-        tokens: how many tokens were summed.
+        tokens: how many tokens were summed at the inputs.
         no_gradients: why `gradient_gram` is empty; None if it is not.
     """
 
@@ -108,7 +111,12 @@ def find_next_token_loss(captured: Captured) -> NextToken | str:
 
 
 def dense_statistics(
-    captured: Captured, targets: Sequence[Node], loss: NextToken, progress: Progress | None = None
+    captured: Captured,
+    targets: Sequence[Node],
+    loss: NextToken,
+    progress: Progress | None = None,
+    *,
+    for_ranks: bool = False,
 ) -> DenseStatistics:
     """Sums `DenseStatistics` for the linears `targets` over all batches.
 
@@ -117,12 +125,13 @@ def dense_statistics(
         targets: `aten.linear.default` nodes.
         loss: as `find_next_token_loss` found it.
         progress: called after each batch.
+        for_ranks: whether the inputs' sums are for choosing ranks only, so that those of a part of the tokens will do.
 
     Raises:
         CalibrationError: the graph holds an operation that has no gradient, or a gradient is not finite.
     """
     placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    runner = _Backward(captured.graph, targets, loss)
+    runner = _Backward(captured.graph, targets, loss, _stride(captured, targets, loss) if for_ranks else 1)
     for index, (values, mask) in enumerate(zip(captured.inputs, captured.token_masks, strict=True), start=1):
         runner.add(dict(zip(placeholders, values, strict=True)), mask)
         if progress is not None:
@@ -140,6 +149,16 @@ def dense_statistics(
         {name: runner.sum_abs[source] for name, source in inputs.items()},
         runner.tokens,
     )
+
+
+def _stride(captured: Captured, targets: Sequence[Node], loss: NextToken) -> int:
+    """One token in so many is enough for `_TOKENS_FOR_RANKS`."""
+    at = captured.graph.graph.find_nodes(op="placeholder").index(loss.tokens)
+    tokens = 0
+    for values, mask in zip(captured.inputs, captured.token_masks, strict=True):
+        tokens += values[at].numel() if mask is None else int(mask.sum())
+    widest = max(int(node.all_input_nodes[0].meta["val"].shape[-1]) for node in targets)
+    return max(tokens // (_TOKENS_FOR_RANKS * widest), 1)
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -175,8 +194,8 @@ class _Record:
 class _Backward:
     """Forward and backward passes over a graph, batch by batch, and their running sums."""
 
-    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken) -> None:
-        self.gm, self.loss, self.targets = gm, loss, frozenset(targets)
+    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken, stride: int) -> None:
+        self.gm, self.loss, self.targets, self.stride = gm, loss, frozenset(targets), stride
         self._summed: set[Node] = set()  # inputs of the batch at hand
         self.blocks = cut_into_blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
         self.gram: dict[Node, Tensor] = {}
@@ -217,7 +236,7 @@ class _Backward:
         if source in self._summed:
             return
         self._summed.add(source)
-        rows = tokens_as_rows(values[source].detach(), mask)
+        rows = tokens_as_rows(values[source].detach(), mask)[:: self.stride]
         self.tokens += len(rows) if len(self._summed) == 1 else 0
         _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
+from pifa_compiler import causal_attention
 from pifa_compiler.capture import capture
 from pifa_compiler.causal_attention import without_causal_mask
 
@@ -41,6 +42,17 @@ def test_other_masks_stay(mask):
     _, kwargs = without_causal_mask((q, q, q, mask), {})
     assert kwargs["attn_mask"] is mask
     assert not kwargs.get("is_causal", False)
+
+
+def test_a_mask_is_compared_once(monkeypatch):
+    compared = []
+    whole = causal_attention._looks_causal
+    monkeypatch.setattr(causal_attention, "_looks_causal", lambda mask: compared.append(mask) or whole(mask))
+    q = torch.randn(2, 4, 9, 8)
+    for mask in (causal(9), padded()):
+        answers = [without_causal_mask((q, q, q, mask), {})[1].get("is_causal") for _ in range(3)]
+        assert answers == [answers[0]] * 3
+    assert len(compared) == 2
 
 
 def test_fewer_queries_than_keys_stay():

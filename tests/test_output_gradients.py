@@ -72,6 +72,22 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, ke
             assert error < tolerance
 
 
+@pytest.mark.parametrize(("tokens", "stride"), [(1024, 2), (512, 1), (30, 1)])
+def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_of_all(tokens, stride):
+    widest = 128  # so that 512 tokens will do
+    model = tiny_llama(intermediate_size=widest)
+    captured = capture(model, [torch.randint(0, 64, (1, tokens // 2)) for _ in range(2)])
+    linears, loss = linears_of(captured), find_next_token_loss(captured)
+    found = dense_statistics(captured, linears, loss, for_ranks=True)
+    whole = dense_statistics(captured, linears, loss)
+    assert found.tokens == whole.tokens // stride == tokens // stride
+    for name, gram in whole.gradient_gram.items():
+        assert torch.equal(found.gradient_gram[name], gram)
+        mean, same = whole.gram[name] / whole.tokens, found.gram[name] / found.tokens
+        assert torch.equal(same, mean) == (stride == 1)
+        assert torch.linalg.norm(same - mean) < 0.5 * torch.linalg.norm(mean)  # a mean over half of the tokens
+
+
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch):
     monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
