@@ -1,6 +1,6 @@
 """Running a captured graph node by node, or in blocks: for passes over it that look at values on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -54,10 +54,17 @@ def ancestors(*nodes: Node) -> set[Node]:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that are computed together, and the values that something after them reads."""
+    """Nodes that are computed together.
+
+    Attributes:
+        nodes: in the order of the graph.
+        outputs: values that something after the block reads.
+        unread: by node, the values that nothing reads any more once it is computed.
+    """
 
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
+    unread: Mapping[Node, list[Node]]
 
 
 def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
@@ -79,10 +86,14 @@ def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
         reach = range(cuts[-1] + max(size // 2, 1), cuts[-1] + size + size // 2 + 1)
         cuts.append(min(reach, key=lambda index: (crossing[index - 1], abs(index - cuts[-1] - size))))
     cuts.append(len(nodes))
+    unread: dict[Node, list[Node]] = {}
+    for node, at in final.items():
+        if at >= 0:
+            unread.setdefault(nodes[at], []).append(node)
     blocks = []
     for start, end in pairwise(cuts):
         outputs = tuple(node for node, at in final.items() if at >= end and position.get(node, -1) < end)
-        blocks.append(Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ()))))
+        blocks.append(Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ())), unread))
     return blocks
 
 
@@ -93,4 +104,6 @@ def run_block(gm: GraphModule, block: Block, values: Values, seen: Callable[[Nod
         values[node] = call_node(gm, node, values)
         if seen is not None:
             seen(node, values)
+        for each in block.unread.get(node, ()):
+            values.pop(each, None)
     return {node: values[node] for node in block.outputs if node in values}

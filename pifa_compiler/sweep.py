@@ -29,7 +29,7 @@ from .reconstruct import Statistics
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what) while long work goes on."""
 
-_GRAM_BLOCK = 384
+_GRAM_BLOCK = 192
 """Columns of a Gram matrix multiplied at once: wide enough that a product runs at full speed."""
 
 Flow = Literal["both", "dense", "compressed"]
