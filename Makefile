@@ -25,7 +25,6 @@ types: .venv/.installed
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/quality.py --samples 8 --windows 8
 	$(BIN)/python benchmarks/kernel_figures.py
 
 .venv/.installed: pyproject.toml constraints.txt

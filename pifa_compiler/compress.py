@@ -17,7 +17,7 @@ from .errors import CalibrationError, ConfigError, RankError
 from .factors import PifaFactors, Pivoting
 from .group_solver import GroupSolver
 from .linears import count_numbers, is_plain_linear, linears_in_order, module_at, replace_linear, weight_name
-from .output_gradients import DenseStatistics, dense_statistics, find_next_token_loss
+from .output_gradients import DenseStatistics, dense_statistics, find_predictions
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
 from .sweep import Flow, Group, Progress, Sweep, groups
@@ -216,10 +216,10 @@ def _measure(
 ) -> DenseStatistics:
     statistics = DenseStatistics()
     if reconstruct.METHODS[config.method].gradients and config.gradients:
-        loss = find_next_token_loss(captured)
-        if not isinstance(loss, str):
-            return dense_statistics(captured, nodes, loss, progress, for_ranks=for_ranks)
-        statistics.no_gradients = loss
+        predictions = find_predictions(captured)
+        if not isinstance(predictions, str):
+            return dense_statistics(captured, nodes, predictions, progress, for_ranks=for_ranks)
+        statistics.no_gradients = predictions
 
     def keep(group: Group, sums: reconstruct.Statistics) -> dict[Node, PifaFactors]:
         names = [weight_name(node) for node in group.members]

@@ -48,7 +48,7 @@ _KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
-class NextToken:
+class Predictions:
     """Where a graph takes token ids [batch, tokens] and where its logits [batch, tokens, vocabulary] are."""
 
     tokens: Node
@@ -79,8 +79,8 @@ class DenseStatistics:
         return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(self.tokens, 1), self.tokens)
 
 
-def find_next_token_loss(captured: Captured) -> NextToken | str:
-    """The next-token loss that a captured model has, or why it has none.
+def find_predictions(captured: Captured) -> Predictions | str:
+    """Where a captured model takes tokens and predicts the next ones, or why it predicts none.
 
     A causal language model is known by what it does: its logits at a token stay the same when a later token changes.
     """
@@ -107,13 +107,13 @@ def find_next_token_loss(captured: Captured) -> NextToken | str:
     rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
     if not torch.allclose(before[:, :half], after[:, :half], rtol=0, atol=rounding):
         return "its logits at a token depend on later tokens, so it is no causal language model"
-    return NextToken(tokens, logits)
+    return Predictions(tokens, logits)
 
 
 def dense_statistics(
     captured: Captured,
     targets: Sequence[Node],
-    loss: NextToken,
+    predictions: Predictions,
     progress: Progress | None = None,
     *,
     for_ranks: bool = False,
@@ -123,7 +123,7 @@ def dense_statistics(
     Args:
         captured: the model's graph and its calibration batches; padding, by the attention mask, is left out.
         targets: `aten.linear.default` nodes.
-        loss: as `find_next_token_loss` found it.
+        predictions: as `find_predictions` found it.
         progress: called after each batch.
         for_ranks: whether the inputs' sums are for choosing ranks only, so that those of a part of the tokens will do.
 
@@ -131,7 +131,8 @@ def dense_statistics(
         CalibrationError: the graph holds an operation that has no gradient, or a gradient is not finite.
     """
     placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    runner = _Backward(captured.graph, targets, loss, _stride(captured, targets, loss) if for_ranks else 1)
+    stride = _stride(captured, targets, predictions) if for_ranks else 1
+    runner = _Backward(captured.graph, targets, predictions, stride)
     for index, (values, mask) in enumerate(zip(captured.inputs, captured.token_masks, strict=True), start=1):
         runner.add(dict(zip(placeholders, values, strict=True)), mask)
         if progress is not None:
@@ -151,9 +152,9 @@ def dense_statistics(
     )
 
 
-def _stride(captured: Captured, targets: Sequence[Node], loss: NextToken) -> int:
+def _stride(captured: Captured, targets: Sequence[Node], predictions: Predictions) -> int:
     """One token in so many is enough for `_TOKENS_FOR_RANKS`."""
-    at = captured.graph.graph.find_nodes(op="placeholder").index(loss.tokens)
+    at = captured.graph.graph.find_nodes(op="placeholder").index(predictions.tokens)
     tokens = 0
     for values, mask in zip(captured.inputs, captured.token_masks, strict=True):
         tokens += values[at].numel() if mask is None else int(mask.sum())
@@ -194,10 +195,10 @@ class _Record:
 class _Backward:
     """Forward and backward passes over a graph, batch by batch, and their running sums."""
 
-    def __init__(self, gm: GraphModule, targets: Sequence[Node], loss: NextToken, stride: int) -> None:
-        self.gm, self.loss, self.targets, self.stride = gm, loss, frozenset(targets), stride
+    def __init__(self, gm: GraphModule, targets: Sequence[Node], predictions: Predictions, stride: int) -> None:
+        self.gm, self.predictions, self.targets, self.stride = gm, predictions, frozenset(targets), stride
         self._summed: set[Node] = set()  # inputs of the batch at hand
-        self.blocks = cut_into_blocks(gm, loss.logits, max(math.isqrt(len(targets)), 1))
+        self.blocks = cut_into_blocks(gm, predictions.logits, max(math.isqrt(len(targets)), 1))
         self.gram: dict[Node, Tensor] = {}
         self.gradient_gram: dict[Node, Tensor] = {}
         self.sum_abs: dict[Node, Tensor] = {}
@@ -208,7 +209,7 @@ class _Backward:
 
     def add(self, inputs: Values, mask: Tensor | None) -> None:
         """Adds one batch."""
-        ids = inputs[self.loss.tokens]
+        ids = inputs[self.predictions.tokens]
         self._summed.clear()
         held = self._held_per_token * ids.numel()
         recorded = max(int(_KEPT_BYTES / held), 1) if held else 1
@@ -224,8 +225,8 @@ class _Backward:
             for block in self.blocks[first:]:
                 records.append(self._record(block, values, mask))
                 values = records[-1].outputs
-            logits = values[self.loss.logits].detach()
-            gradients = {self.loss.logits: _logits_gradient(logits, mask, self._generator)}
+            logits = values[self.predictions.logits].detach()
+            gradients = {self.predictions.logits: _logits_gradient(logits, mask, self._generator)}
             del values, logits
             while records:
                 gradients = self._back(records.pop(), gradients, mask)

@@ -8,7 +8,7 @@ from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
-from pifa_compiler.output_gradients import NextToken, _logits_gradient, dense_statistics, find_next_token_loss
+from pifa_compiler.output_gradients import Predictions, _logits_gradient, dense_statistics, find_predictions
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,8 +58,8 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, ke
         mask[1, padded] = 0
         calls = [{**call, "attention_mask": mask} for call in calls]
     captured = capture(model, calls)
-    loss = find_next_token_loss(captured)
-    found = dense_statistics(captured, linears_of(captured), loss)
+    predictions = find_predictions(captured)
+    found = dense_statistics(captured, linears_of(captured), predictions)
     grams, gradient_grams = by_autograd(model, calls)
     assert found.tokens == 3 * (21 if padded else 24)
     assert {name.removesuffix(".weight") for name in found.gradient_gram} == set(gradient_grams) == set(grams)
@@ -77,9 +77,9 @@ def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_o
     widest = 128  # so that 512 tokens will do
     model = tiny_llama(intermediate_size=widest)
     captured = capture(model, [torch.randint(0, 64, (1, tokens // 2)) for _ in range(2)])
-    linears, loss = linears_of(captured), find_next_token_loss(captured)
-    found = dense_statistics(captured, linears, loss, for_ranks=True)
-    whole = dense_statistics(captured, linears, loss)
+    linears, predictions = linears_of(captured), find_predictions(captured)
+    found = dense_statistics(captured, linears, predictions, for_ranks=True)
+    whole = dense_statistics(captured, linears, predictions)
     assert found.tokens == whole.tokens // stride == tokens // stride
     for name, gram in whole.gradient_gram.items():
         assert torch.equal(found.gradient_gram[name], gram)
@@ -92,12 +92,12 @@ def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_o
 def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch):
     monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
     captured = capture(tiny_llama(num_hidden_layers=4), [torch.randint(0, 64, (1, 12)) for _ in range(2)])
-    loss, linears = find_next_token_loss(captured), linears_of(captured)
+    predictions, linears = find_predictions(captured), linears_of(captured)
     run, ran = output_gradients.run_block, []
     monkeypatch.setattr(
         output_gradients, "run_block", lambda gm, block, *rest: ran.append(block) or run(gm, block, *rest)
     )
-    dense_statistics(captured, linears, loss)
+    dense_statistics(captured, linears, predictions)
     blocks = len(set(map(id, ran)))
     assert blocks > 2
     twice = 2 * blocks - 1  # but for the last block; how much blocks hold is known after the first batch
@@ -119,10 +119,10 @@ def test_the_gradients_of_all_signs_have_fishers_matrix_in_the_mean_and_no_tie_b
 def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
     model = tiny_llama(num_hidden_layers=6)
     captured = capture(model, [torch.randint(0, 64, (1, 12))])
-    loss = find_next_token_loss(captured)
-    dense_statistics(captured, linears_of(captured), loss)
+    predictions = find_predictions(captured)
+    dense_statistics(captured, linears_of(captured), predictions)
     assert all(parameter.grad is None for parameter in model.parameters())
-    blocks = cut_into_blocks(captured.graph, loss.logits, 6)
+    blocks = cut_into_blocks(captured.graph, predictions.logits, 6)
     nodes = [node for block in blocks for node in block.nodes]
     assert len(nodes) == len(set(nodes))
     assert 5 <= len(blocks) <= 9
@@ -151,22 +151,22 @@ def encoder() -> tuple[nn.Module, torch.Tensor]:
 )
 def test_other_models_have_no_next_token_loss_and_it_is_said_why(make, words):
     model, call = make()
-    assert words in find_next_token_loss(capture(model, [call]))
+    assert words in find_predictions(capture(model, [call]))
 
 
 def test_a_plain_module_that_predicts_tokens_has_one():
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 20))
     captured = capture(model, [torch.randint(0, 20, (2, 6))])
-    loss = find_next_token_loss(captured)
-    assert isinstance(loss, NextToken)
-    found = dense_statistics(captured, linears_of(captured), loss)
+    predictions = find_predictions(captured)
+    assert isinstance(predictions, Predictions)
+    found = dense_statistics(captured, linears_of(captured), predictions)
     assert set(found.gradient_gram) == {"1.weight", "3.weight"}
 
 
 def test_gradients_that_are_not_finite_name_the_weight_and_the_way_out():
     model = tiny_llama()
     captured = capture(model, [torch.randint(0, 64, (1, 8))])
-    loss = find_next_token_loss(captured)
+    predictions = find_predictions(captured)
     model.model.norm.weight.data[3] = torch.inf
     with pytest.raises(CalibrationError, match=r"gradient at the output of .*\.weight is not finite.*--no-gradients"):
-        dense_statistics(captured, linears_of(captured), loss)
+        dense_statistics(captured, linears_of(captured), predictions)
