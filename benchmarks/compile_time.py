@@ -16,7 +16,8 @@ import torch
 from pifa_compiler.kernels import linear_cpu
 from torch import Tensor, nn
 
-from pifa_compiler.bench import ModelPlan, model_variants, open_model, provenance
+from pifa_compiler.bench_model import ModelPlan, model_variants, open_model
+from pifa_compiler.bench_rows import provenance
 
 
 def main() -> None:

@@ -6,14 +6,16 @@ after `rewrite_onnx`, with the native operator; `rewritten_functions` without it
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bench import Progress, _random_factors, interleaved_medians, layer_bound, layer_variants
+from .bench_layer import layer_bound, layer_variants, random_factors
+from .bench_rows import BenchRow
+from .bench_timing import Progress, interleaved_medians
 from .errors import BenchError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ VARIANTS = ("dense", "lowrank", "functions", "native", "rewritten_functions", "r
 
 
 @dataclass(frozen=True)
-class OnnxRow:
+class OnnxRow(BenchRow):
     """One linear layer of shape [d, d] in float32 without bias, applied to [tokens, d].
 
     Attributes:
@@ -53,10 +55,6 @@ class OnnxRow:
         object.__setattr__(self, "functions_over_dense", self.functions_ms / self.dense_ms)
         object.__setattr__(self, "native_over_dense", self.native_ms / self.dense_ms)
         object.__setattr__(self, "rewritten_over_lowrank", self.rewritten_ms / self.lowrank_ms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and CSV."""
-        return asdict(self)
 
 
 def onnx_rows(
@@ -96,7 +94,7 @@ def _write_files(d: int, folder: Path) -> dict[str, Path]:
     from .export import rewrite_onnx, to_onnx
 
     torch.manual_seed(0)
-    modules = layer_variants(_random_factors(d, d, d // 2, torch.float32))
+    modules = layer_variants(random_factors(d, d, d // 2, torch.float32))
     files = {name: folder / f"{name}.onnx" for name in ("dense", "lowrank", "pifa", "rewritten")}
     for name in ("dense", "lowrank", "pifa"):
         varying = ({0: torch.export.Dim("tokens")},)

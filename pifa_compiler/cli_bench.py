@@ -12,7 +12,8 @@ from .cli_output import Json, print_json, progress, work
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .bench import LayerRow, ModelRow
+    from .bench_layer import LayerRow
+    from .bench_model import ModelRow
 
 app = typer.Typer(
     help="Measure the speed of PIFA beside dense weights and low-rank pairs, results checked first.",
@@ -40,7 +41,8 @@ def layer_verb(
     as_json: Json = False,
 ) -> None:
     """Measure square linear layers at rank d / 2."""
-    from .bench import LayerRow, RowFile, layer_rows, provenance
+    from .bench_layer import LayerRow, layer_rows
+    from .bench_rows import RowFile, provenance
 
     sizes = _numbers("--dims", dims or ["1024,2048,4096"], least=2)
     counts = _numbers("--tokens", tokens or ["1,8,128,1024"], least=1)
@@ -86,7 +88,8 @@ def model_verb(
     as_json: Json = False,
 ) -> None:
     """Measure a language model's prefill and decoding, batch 1."""
-    from .bench import ModelPlan, ModelRow, RowFile, model_rows, provenance
+    from .bench_model import ModelPlan, ModelRow, model_rows
+    from .bench_rows import RowFile, provenance
 
     if len(names := _dtypes([dtype])) > 1:
         raise typer.BadParameter(f"a model is measured in one --dtype, got {dtype!r}")
@@ -122,18 +125,16 @@ def onnx_verb(
     as_json: Json = False,
 ) -> None:
     """Measure square linear layers at rank d / 2 as ONNX files in onnxruntime, float32."""
-    from .bench import RowFile, provenance
     from .bench_onnx import OnnxRow, onnx_rows
+    from .bench_rows import RowFile, provenance
 
     sizes = _numbers("--dims", dims or ["2048"], least=2)
     counts = _numbers("--tokens", tokens or ["1,16,128,512"], least=1)
     thread_counts = _numbers("--threads", threads or ["1,2"], least=1)
     rows = []
     with work(as_json):
-        row_type: Any = OnnxRow
-        file = None if csv is None else RowFile(csv, row_type)
+        file = None if csv is None else RowFile(csv, OnnxRow)
         with progress("files", as_json) as tell:
-            row: Any
             for row in onnx_rows(sizes, counts, thread_counts, seconds=seconds, progress=tell):
                 rows.append(row)
                 if file is not None:
@@ -158,7 +159,7 @@ def _numbers(option: str, values: Sequence[str], *, least: int) -> list[int]:
 
 
 def _dtypes(values: Sequence[str]) -> list[str]:
-    from .bench import DTYPES
+    from .bench_timing import DTYPES
 
     for part in (parts := _split(values)):
         if part not in DTYPES:

@@ -14,7 +14,8 @@ from rich.table import Table
 from .report import Report
 
 if TYPE_CHECKING:
-    from .bench import LayerRow, ModelRow
+    from .bench_layer import LayerRow
+    from .bench_model import ModelRow
     from .bench_onnx import OnnxRow
     from .cli_inspect import Inspection
     from .compare import Row

@@ -11,8 +11,10 @@ from tiny_models import tiny_llama
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from pifa_compiler import PifaLinear, bench, cli, cli_bench
-from pifa_compiler.bench import ModelPlan, interleaved_medians, layer_rows, layer_variants, model_rows
+from pifa_compiler import PifaLinear, bench_layer, bench_model, bench_timing, cli, cli_bench
+from pifa_compiler.bench_layer import layer_rows, layer_variants
+from pifa_compiler.bench_model import ModelPlan, model_rows
+from pifa_compiler.bench_timing import interleaved_medians
 from pifa_compiler.errors import BenchError, ConfigError
 
 LAYER_KEYS = {"dtype", "d", "tokens", "dense_ms", "lowrank_ms", "pifa_ms", "pifa_over_lowrank", "pifa_over_dense"}
@@ -35,7 +37,8 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variants that are not compiled, for tests of all else."""
-    monkeypatch.setattr(bench, "_compile", lambda module, backend, name: module)
+    for module in (bench_layer, bench_model):
+        monkeypatch.setattr(module, "compile_apart", lambda module, backend, name: module)
 
 
 def test_calls_are_made_by_turns_and_no_call_always_follows_the_same_other() -> None:
@@ -43,7 +46,7 @@ def test_calls_are_made_by_turns_and_no_call_always_follows_the_same_other() -> 
     prepared = itertools.count()
     calls = {name: lambda name=name: made.append(name) for name in "abc"}
     timing = interleaved_medians(calls, 0.0, prepare=lambda: next(prepared))
-    assert timing.rounds == bench.LEAST_ROUNDS
+    assert timing.rounds == bench_timing.LEAST_ROUNDS
     assert "".join(made) == "abcbcacababcbca"
     assert next(prepared) == len(made)
     assert timing.milliseconds.keys() == calls.keys()
@@ -51,19 +54,19 @@ def test_calls_are_made_by_turns_and_no_call_always_follows_the_same_other() -> 
 
 def test_timing_goes_on_for_the_seconds_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # every look takes a second: two in each of the first five rounds, then three
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: float(next(clock)))
     timing = interleaved_medians({"only": lambda: None}, 30.0)
-    assert timing == bench.Timing({"only": 1000.0}, 12)
+    assert timing == bench_timing.Timing({"only": 1000.0}, 12)
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(8, 6, 3), (5, 9, 5), (1, 4, 1)])
 def test_all_variants_of_a_layer_compute_the_same(d_out: int, d_in: int, rank: int) -> None:
-    factors = bench._random_factors(d_out, d_in, rank, torch.float64)
+    factors = bench_layer.random_factors(d_out, d_in, rank, torch.float64)
     bias, x = torch.randn(d_out, dtype=torch.float64), torch.randn(7, d_in, dtype=torch.float64)
     variants = layer_variants(factors, bias)
-    assert tuple(variants) == bench.VARIANTS
+    assert tuple(variants) == bench_layer.VARIANTS
     for variant in variants.values():
-        torch.testing.assert_close(variant(x), bench._apply_exactly(factors, x) + bias)
+        torch.testing.assert_close(variant(x), bench_layer._apply_exactly(factors, x) + bias)
         assert not any(parameter.requires_grad for parameter in variant.parameters())
     assert variants["lowrank"][0].weight.shape == (rank, d_in)
     assert (variants["lowrank"][1].weight != 0).all()
@@ -73,28 +76,28 @@ def test_compiled_layers_pass_the_check_in_both_dtypes() -> None:
     rows = list(layer_rows([32], [3], ["fp32", "bf16"], seconds=0.0, threads=1))
     assert [(row.dtype, row.d, row.tokens, row.rank) for row in rows] == [("fp32", 32, 3, 16), ("bf16", 32, 3, 16)]
     assert all(row.pifa_over_dense == row.pifa_ms / row.dense_ms for row in rows)
-    assert all(0 < row.pifa_error <= bench.layer_bound(bench.DTYPES[row.dtype], 32) for row in rows)
+    assert all(0 < row.pifa_error <= bench_layer.layer_bound(bench_timing.DTYPES[row.dtype], 32) for row in rows)
 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("value", [1.0, float("nan")])
 def test_a_wrong_layer_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    dense = bench._dense_linear
+    dense = bench_layer.dense_linear
 
     def wrong_in_one_row(layer: PifaLinear) -> nn.Linear:
         made = dense(layer)
         made.weight[3] = value
         return made
 
-    monkeypatch.setattr(bench, "_dense_linear", wrong_in_one_row)
-    monkeypatch.setattr(bench, "interleaved_medians", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench_layer, "dense_linear", wrong_in_one_row)
+    monkeypatch.setattr(bench_layer, "interleaved_medians", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(BenchError, match=r"d = 32, 2 tokens: wrong results.*off are dense by"):
         list(layer_rows([32], [2], ["bf16"]))
 
 
 @pytest.mark.usefixtures("eager")
 def test_threads_are_as_before_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "layer_bound", lambda *_: 0.0)
+    monkeypatch.setattr(bench_layer, "layer_bound", lambda *_: 0.0)
     with pytest.raises(BenchError):
         list(layer_rows([16], [1], ["fp32"], threads=2))
     assert torch.get_num_threads() == 1
@@ -109,10 +112,10 @@ def test_a_compiled_model_passes_the_check_in_both_phases(config: Path) -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_a_decoded_token_sees_the_context_each_time_it_is_decoded(config: Path) -> None:
-    model = bench.open_model(str(config), TINY)
+    model = bench_model.open_model(str(config), TINY)
     prompt = torch.arange(4)[None]
-    caches = bench._filled_caches(model, prompt)
-    rewind = bench._rewinder(list(caches.values()))
+    caches = bench_model._filled_caches(model, prompt)
+    rewind = bench_model._rewinder(list(caches.values()))
     expected = model(input_ids=torch.tensor([[0, 1, 2, 3, 9]])).logits[:, -1]
     for cache in caches.values():
         for _ in range(2):
@@ -123,18 +126,18 @@ def test_a_decoded_token_sees_the_context_each_time_it_is_decoded(config: Path) 
 
 @pytest.mark.usefixtures("eager")
 def test_a_wrong_model_is_refused_and_not_timed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = bench._pair
-    monkeypatch.setattr(bench, "_pair", lambda layer: pair(layer).apply(lambda m: m.zero_grad()))
+    pair = bench_layer.low_rank_pair
+    monkeypatch.setattr(bench_model, "low_rank_pair", lambda layer: pair(layer).apply(lambda m: m.zero_grad()))
     list(model_rows(str(config), TINY))  # the same pairs pass
-    monkeypatch.setattr(bench, "_dense_linear", lambda layer: bench._linear(layer.weight.flip(0), None))
-    monkeypatch.setattr(bench, "interleaved_medians", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench_model, "dense_linear", lambda layer: bench_layer._linear(layer.weight.flip(0), None))
+    monkeypatch.setattr(bench_model, "interleaved_medians", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(BenchError, match=r"prefill of .*: wrong results"):
         list(model_rows(str(config), TINY))
 
 
 def test_variants_of_a_model_share_what_is_not_replaced(config: Path) -> None:
-    model = bench.open_model(str(config), TINY)
-    variants = bench.model_variants(model)
+    model = bench_model.open_model(str(config), TINY)
+    variants = bench_model.model_variants(model)
     for variant in variants.values():
         assert variant.get_input_embeddings().weight is model.get_input_embeddings().weight
         assert all(torch.isfinite(parameter).all() for parameter in variant.parameters())
@@ -210,7 +213,7 @@ def test_wrong_arguments_are_bad_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_what_would_fail_after_the_work_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_layer_row", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(bench_layer, "_layer_row", lambda *_: pytest.fail("measured"))
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     for option, path, said in (

@@ -14,7 +14,7 @@ LAYERS: tuple[set[str], ...] = (
         *("__main__", "cli", "cli_bench", "cli_compare", "cli_export", "cli_generate", "cli_inspect", "cli_output"),
         *("cli_print", "demo"),
     },
-    {"bench", "bench_onnx", "compare"},
+    {"bench_layer", "bench_model", "bench_onnx", "bench_rows", "bench_timing", "compare"},
     {"compress", "compact", "backend"},
     {"absorb", "group_solver", "targets"},
     {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
