@@ -16,53 +16,26 @@ written by a plain `model.save_pretrained`, or with `strict=False` by hand; and 
 `describe` has never seen.
 """
 
-import errno
 import json
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .atomic_folder import atomic_folder, check_destination
+from .checkpoint_files import CONFIG, QUANT_METHOD, REPORT, check_folder
 from .errors import CheckpointError
 from .linear import PifaLinear
 from .report import Report
 
-FORMAT_VERSION = 1
-"""Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself."""
-
-QUANT_METHOD = "pifa"
-
 _IMPORT_FIRST = (
     "none: this is a PIFA model, `pip install pifa-compiler` and `import pifa_compiler` before from_pretrained"
 )
-_CONFIG, _WEIGHTS, _INDEX, _REPORT = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pifa_report.json",
-)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_MODEL_FILES = (".safetensors", ".onnx")
-_PARTS = ("w_pivot", "coeff", "pivots")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a layer's tensors have to look like: the dense weight is [out_features, in_features]."""
-
-    out_features: int
-    in_features: int
-    rank: int
-    bias: bool
 
 
 def save_pretrained(
@@ -99,11 +72,11 @@ def save_pretrained(
             raise OSError(str(error)) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        config = json.loads((partial / _CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
         config["transformers_weights"] = _IMPORT_FIRST
-        _write_json(partial / _CONFIG, config)
+        _write_json(partial / CONFIG, config)
         if report is not None:
-            _write_json(partial / _REPORT, report.to_dict())
+            _write_json(partial / REPORT, report.to_dict())
         (partial / "README.md").write_text(_model_card(model, settings), encoding="utf-8")
 
 
@@ -136,7 +109,7 @@ def load_pretrained(
     register()
     where = os.fspath(folder)
     if os.path.lexists(where) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where):
-        _check_folder(Path(where))
+        check_folder(Path(where))
     elsewhere = device is not None and torch.device(device).type != "cpu"
     try:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
@@ -227,272 +200,14 @@ def describe_if_pretrained(model: Any, report: Report) -> None:
         describe(model, report)
 
 
-def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What config.json of a PIFA folder says about it: ranks, method, densities and versions.
-
-    Raises:
-        CheckpointError: there is no such file, it is not JSON, not of a PIFA model, or of a newer format.
-    """
-    path = Path(folder) / _CONFIG
-    settings = _read_json(path).get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} is not a PIFA model; load it with transformers and compress() it")
-    check_settings(settings, str(path))
-    return settings
-
-
-def read_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The report saved with a model, as `Report.to_dict` gave it; None if there is none."""
-    path = Path(folder) / _REPORT
-    return _read_json(path) if path.exists() else None
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which takes its name `path` when the block ends without an error.
-
-    If the block fails or is interrupted nothing is left of it, and what was at `path` is as before.
-
-    Args:
-        path: the folder's name; see `check_destination` for what may be there.
-        overwrite: whether a saved model of that name may be replaced.
-
-    Raises:
-        CheckpointError: the destination is refused, or any OSError while writing.
-    """
-    final = _resolved(path)
-    check_destination(final, overwrite=overwrite)
-    unique = f"{final.name}.{secrets.token_hex(4)}"
-    partial, retired = final.with_name(f".{unique}.partial"), final.with_name(f".{unique}.replaced")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if final.exists() and any(final.iterdir()):
-            final.rename(retired)
-        partial.rename(final)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written, nothing was changed: {_explain(error, final)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if retired.exists() and not final.exists():
-            retired.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False, needed_bytes: int = 0) -> None:
-    """Refuses a folder that `atomic_folder` could not or should not write; call it before long work.
-
-    Free are a name that does not exist and an empty folder. With `overwrite` a folder with a config.json or model file
-    in it may be replaced as well, any other never: it was not made by a save.
-
-    Raises:
-        CheckpointError: something is there already, the place is not writable, or has less room than `needed_bytes`.
-    """
-    final = _resolved(path)
-    try:
-        if final.exists() and not final.is_dir():
-            raise CheckpointError(f"{path} is a file; wanted the name of a folder to write")
-        if final.is_dir() and any(final.iterdir()):
-            if not overwrite:
-                raise CheckpointError(f"{path} exists already; choose another name, or say overwrite (--force)")
-            if not any(child.name == _CONFIG or child.suffix in _MODEL_FILES for child in final.iterdir()):
-                raise CheckpointError(f"{path} holds no saved model, so it is not replaced; choose another name")
-        above = next(folder for folder in final.parents if folder.exists())
-        if not above.is_dir():
-            raise CheckpointError(f"{above} is a file; {path} cannot be made below it")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise CheckpointError(f"{above} is not writable; choose another place or change its permissions")
-        free = shutil.disk_usage(above).free
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}; choose another place") from error
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"{path} needs {needed_bytes:,} bytes and {free:,} are free; make room or choose another place"
-        )
-
-
-def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Refuses a `quantization_config` that is not what this format says.
-
-    Raises:
-        CheckpointError: naming the first thing that is wrong.
-    """
-    found = settings.get("format_version")
-    if not _is_count(found):
-        raise CheckpointError(f"{where}: wanted a format_version of 1..{FORMAT_VERSION}, got {found!r}; it is damaged")
-    if found > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: format {found} is newer than this pifa-compiler, which reads up to {FORMAT_VERSION}; "
-            "install a newer pifa-compiler"
-        )
-    ranks = settings.get("ranks")
-    if not isinstance(ranks, dict) or not ranks:
-        raise CheckpointError(f"{where}: wanted `ranks`, a table of layer names, got {ranks!r:.80}; it is damaged")
-    for name, rank in ranks.items():
-        if not _is_count(rank):
-            raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
-
-
-def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mapping[str, LayerShape]) -> None:
-    """Refuses safetensors files whose PIFA tensors are missing, misshapen or contradictory, before they are loaded.
-
-    Reads the headers and the `pivots`, nothing else.
-
-    Args:
-        files: all of a model's weight files.
-        ranks: all of its layers in PIFA form, by the name in the saved model.
-        shapes: what those layers have to look like that the class being loaded has, by the same name.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    headers: dict[str, list[int]] = {}
-    layers: set[str] = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file} is not a safetensors file; pickles are never loaded, save the model again")
-        with _open(file) as tensors:
-            headers.update((key, tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-    layers = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in _PARTS}
-    # transformers renames tensors of some architectures when it saves; then the names agree in number only.
-    if not layers >= ranks.keys() and len(layers) == len(ranks):
-        shapes = {}
-    elif unknown := layers ^ ranks.keys():
-        raise CheckpointError(f"{min(unknown)}: in PIFA form in the config or in the file, not in both; it is damaged")
-    for name in sorted(layers):
-        _check_layer(name, headers, shapes.get(name))
-    for file in files:
-        with _open(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                name, _, part = key.rpartition(".")
-                if part == "pivots":
-                    rank, others = headers[f"{name}.w_pivot"][0], headers[f"{name}.coeff"][0]
-                    check_pivots(tensors.get_tensor(key), rank, rank + others, name)
-
-
-def check_pivots(pivots: Tensor, rank: int, out_features: int, name: str) -> None:
-    """Refuses pivots that are not `rank` different rows of 0..out_features - 1 in ascending order.
-
-    Raises:
-        CheckpointError: naming the layer.
-    """
-    wanted = f"{name}.pivots: wanted {rank} ascending row numbers in 0..{out_features - 1} as int32"
-    if pivots.dtype != torch.int32 or pivots.shape != (rank,):
-        raise CheckpointError(f"{wanted}, got {pivots.dtype} {list(pivots.shape)}; the file is damaged")
-    if int(pivots.min()) < 0 or int(pivots.max()) >= out_features:
-        raise CheckpointError(f"{wanted}, got {int(pivots.min())}..{int(pivots.max())}; the file is damaged")
-    if not bool((pivots[1:] > pivots[:-1]).all()):
-        raise CheckpointError(f"{wanted}, got unsorted or repeated ones; the file is damaged")
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Refuses a folder whose weights are pickles only: loading one runs whatever code is in it.
-
-    Raises:
-        CheckpointError: naming the file.
-    """
-    names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(
-            f"{folder / pickles[0]} is a pickle and can run code when it is read; wanted {_WEIGHTS}: "
-            "save the model again as safetensors, where it was made"
-        )
-
-
 def add_guard(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
     """`state_dict` and one number named like a dense weight, so that a loader of dense layers finds a mismatch."""
     name, layer = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, PifaLinear))
     return {**state_dict, f"{name}.weight": torch.zeros(1, dtype=layer.w_pivot.dtype)}
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a local folder that is not a whole PIFA model; reads the config and the files' headers."""
-    if not folder.exists():
-        raise CheckpointError(f"{folder} does not exist; wanted a folder that save_pretrained has written")
-    if not folder.is_dir():
-        kind = "a pickle, which is never loaded" if folder.name.endswith(_PICKLES) else "a file"
-        raise CheckpointError(f"{folder} is {kind}; wanted a folder that save_pretrained has written")
-    refuse_pickles(folder)
-    read_settings(folder)
-    if (folder / _WEIGHTS).exists():
-        files = [folder / _WEIGHTS]
-    elif (folder / _INDEX).exists():
-        shards = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(f"{folder / _INDEX} has no table `weight_map`; it is damaged, copy it again")
-        for shard in shards.values():
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{folder / _INDEX} names {shard!r}; wanted safetensors files beside it")
-        files = [folder / shard for shard in sorted(set(shards.values()))]
-    else:
-        raise CheckpointError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}; it is incomplete, copy or save it again")
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing, {folder / _INDEX} names it; copy or save the model again")
-        with _open(file):
-            pass
-
-
-def _check_layer(name: str, headers: Mapping[str, list[int]], wanted: LayerShape | None) -> None:
-    for part in _PARTS:
-        if f"{name}.{part}" not in headers:
-            raise CheckpointError(f"the tensor {name}.{part} is missing; the file is damaged, copy or save it again")
-    w_pivot, coeff, pivots = (headers[f"{name}.{part}"] for part in _PARTS)
-    if wanted is not None:
-        rank, d_out, d_in = wanted.rank, wanted.out_features, wanted.in_features
-    elif len(w_pivot) == len(coeff) == 2:
-        rank, d_out, d_in = w_pivot[0], w_pivot[0] + coeff[0], w_pivot[1]
-    else:
-        raise CheckpointError(f"{name}: w_pivot {w_pivot} and coeff {coeff} are no matrices; the file is damaged")
-    for part, found, right in (
-        ("w_pivot", w_pivot, [rank, d_in]),
-        ("coeff", coeff, [d_out - rank, rank]),
-        ("pivots", pivots, [rank]),
-    ):
-        if found != right:
-            raise CheckpointError(
-                f"{name}.{part}: wanted {right} for rank {rank} of a weight [{d_out}, {d_in}], got {found}; "
-                "the file does not fit its config, copy or save it again"
-            )
-    if not 1 <= rank <= min(d_out, d_in):
-        raise CheckpointError(f"{name}: rank {rank}, wanted 1..{min(d_out, d_in)}; the file is damaged")
-    if wanted is not None and wanted.bias != (f"{name}.bias" in headers):
-        raise CheckpointError(
-            f"{name}.bias: the model has {'one' if wanted.bias else 'none'}, the file "
-            f"{'none' if wanted.bias else 'one'}; the file does not fit its config, copy or save it again"
-        )
-
-
-def _open(file: str | os.PathLike[str]) -> Any:
-    """`safe_open`, which reads the header and compares it with the file's length."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(os.fspath(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy or save it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; wanted a folder that save_pretrained has written") from error
-    except (OSError, ValueError) as error:  # a decoding error is a ValueError, of JSON as of UTF-8
-        raise CheckpointError(f"{path} cannot be read ({error}); copy or save the model again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object, got a {type(found).__name__}; copy or save it again")
-    return found
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_pifa(config: Any) -> bool:
@@ -522,17 +237,6 @@ def _stored_bytes(model: Any) -> int:
     """Bytes of a model's tensors, shared ones counted once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if isinstance(tensor, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    """`path` without links, so that what is renamed is the folder and not a link to it."""
-    return Path(path).expanduser().resolve()
-
-
-def _explain(error: OSError, final: Path) -> str:
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return f"no space left on the disk of {final.parent}; make room or choose another place ({error})"
-    return f"{error}; choose another place or change its permissions"
 
 
 def _model_card(model: Any, settings: Mapping[str, Any]) -> str:

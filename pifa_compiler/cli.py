@@ -139,8 +139,9 @@ def compress_verb(
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
     with _work(as_json):
+        from .atomic_folder import check_destination
         from .calibration import calibration_batches, read_text
-        from .checkpoint import check_destination, save_pretrained
+        from .checkpoint import save_pretrained
         from .pretrained import load_model, load_tokenizer
 
         check_destination(output, overwrite=force)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_report, read_settings
+from .checkpoint_files import read_report, read_settings
 from .errors import CheckpointError
 from .factors import stored_numbers
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .atomic_folder import check_destination
 from .calibration import calibration_batches, evaluation_batches
-from .checkpoint import check_destination, save_pretrained
+from .checkpoint import save_pretrained
 from .cli_generate import compile_step, generate
 from .compress import CompressConfig, compress
 from .errors import CaptureError

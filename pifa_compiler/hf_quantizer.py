@@ -14,15 +14,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import (
+from .checkpoint import add_guard, describe
+from .checkpoint_files import (
     FORMAT_VERSION,
     QUANT_METHOD,
     LayerShape,
-    add_guard,
     check_pivots,
     check_settings,
     check_tensors,
-    describe,
     refuse_pickles,
 )
 from .errors import CheckpointError

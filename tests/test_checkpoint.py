@@ -13,8 +13,10 @@ from torch import nn
 
 import pifa_compiler  # noqa: F401
 from pifa_compiler import checkpoint
-from pifa_compiler.checkpoint import atomic_folder, check_destination, load_pretrained, read_report, read_settings
+from pifa_compiler.atomic_folder import atomic_folder, check_destination
+from pifa_compiler.checkpoint import load_pretrained
 from pifa_compiler.checkpoint import save_pretrained as save
+from pifa_compiler.checkpoint_files import read_report, read_settings
 from pifa_compiler.errors import CheckpointError
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear

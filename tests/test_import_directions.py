@@ -17,7 +17,8 @@ LAYERS: tuple[set[str], ...] = (
     {"bench_layer", "bench_model", "bench_onnx", "bench_rows", "bench_timing", "compare"},
     {"compress", "compact", "backend"},
     {"absorb", "group_solver", "targets"},
-    {"capture", "sweep", "reconstruct", "checkpoint", "hf_quantizer", "registration", "pruning"}
+    {"capture", "sweep", "reconstruct", "hf_quantizer", "registration", "pruning"}
+    | {"checkpoint", "checkpoint_files", "atomic_folder"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
     | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients"},
     {"passes", "export"},
