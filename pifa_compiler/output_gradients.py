@@ -21,6 +21,7 @@ where ranks are worth most, for which three digits are plenty. The sums themselv
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +38,16 @@ from .linears import weight_name
 from .reconstruct import Statistics
 from .sweep import Progress, gram_matrix, tokens_as_rows
 
-_ROWS = 256
-"""Tokens whose probabilities are computed at once, in float32."""
+_ROWS = 32
+"""Tokens whose probabilities are computed at once, in float32: few enough for a cache."""
+
+_SHARING_SIGNS = 256
+"""Tokens with the same random signs but for one of their own."""
 
 _TOKENS_FOR_RANKS = 4
 """Tokens for every channel of the widest input: sums of more hardly change the ranks."""
 
-_KEPT_BYTES = 2 << 30
+_KEPT_BYTES = 3 << 30
 """What going back may hold of a batch rather than have computed again."""
 
 
@@ -99,9 +103,11 @@ def find_predictions(captured: Captured) -> Predictions | str:
             logits = node
     if logits is None:
         return "the model gives no logits [batch, tokens, vocabulary]"
+    # What a linear makes of each token's values cannot hide a later token from them.
+    checked = logits.all_input_nodes[0] if logits.target is torch.ops.aten.linear.default else logits
     changed, half = ids.clone(), ids.shape[1] // 2
     changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
-    before, after = (_logits(captured.graph, {**by_node, tokens: each}, logits) for each in (ids, changed))
+    before, after = (_value(captured.graph, {**by_node, tokens: each}, checked) for each in (ids, changed))
     if before.shape[:2] != ids.shape:
         return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
     rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
@@ -168,10 +174,10 @@ def _is_token_ids(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _logits(gm: GraphModule, values: Values, logits: Node) -> Tensor:
-    for block in cut_into_blocks(gm, logits, 1):
-        values = run_block(gm, block, values)
-    found: Tensor = values[logits]
+def _value(gm: GraphModule, values: Values, node: Node) -> Tensor:
+    """What `node` computes from the graph's inputs."""
+    (whole,) = cut_into_blocks(gm, node, 1)
+    found: Tensor = run_block(gm, whole, values)[node]
     return found
 
 
@@ -184,12 +190,18 @@ class _Record:
         leaves: values that crossed into it.
         met: outputs of the linears that gradients are wanted of.
         outputs: values that cross out of it.
+        bytes: what it holds, weights left out.
     """
 
     block: Block
     leaves: dict[Node, Tensor]
     met: dict[Node, Tensor]
     outputs: Values
+    bytes: int
+
+
+def _detached(values: Values) -> Values:
+    return {node: pytree.tree_map_only(Tensor, Tensor.detach, value) for node, value in values.items()}
 
 
 class _Backward:
@@ -205,33 +217,26 @@ class _Backward:
         self.tokens = 0
         self._generator = torch.Generator().manual_seed(0)
         self._weights = {weight.untyped_storage().data_ptr() for weight in gm.parameters()}
-        self._held_per_token = 0.0  # of the largest block so far
 
     def add(self, inputs: Values, mask: Tensor | None) -> None:
         """Adds one batch."""
-        ids = inputs[self.predictions.tokens]
+        device = inputs[self.predictions.tokens].device
         self._summed.clear()
-        held = self._held_per_token * ids.numel()
-        recorded = max(int(_KEPT_BYTES / held), 1) if held else 1
-        first = max(len(self.blocks) - recorded, 0)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16_units(ids.device)):
-            crossing: list[Values] = []
-            values = inputs
-            with torch.no_grad():
-                for block in self.blocks[:first]:
-                    crossing.append(values)
-                    values = run_block(self.gm, block, values)
-            records: list[_Record] = []
-            for block in self.blocks[first:]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16_units(device)):
+            values, crossing, records = inputs, [], deque[_Record]()
+            for block in self.blocks:
+                crossing.append(values)
                 records.append(self._record(block, values, mask))
-                values = records[-1].outputs
-            logits = values[self.predictions.logits].detach()
+                while sum(record.bytes for record in records) > _KEPT_BYTES and len(records) > 1:
+                    records.popleft()
+                values = _detached(records[-1].outputs)
+            logits = values.pop(self.predictions.logits)
             gradients = {self.predictions.logits: _logits_gradient(logits, mask, self._generator)}
             del values, logits
-            while records:
-                gradients = self._back(records.pop(), gradients, mask)
-            for block in reversed(self.blocks[:first]):
-                gradients = self._back(self._record(block, crossing.pop(), mask), gradients, mask)
+            for block in reversed(self.blocks):
+                inputs = crossing.pop()
+                record = records.pop() if records else self._record(block, inputs, mask)
+                gradients = self._back(record, gradients, mask)
 
     def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
         if source in self._summed:
@@ -244,7 +249,7 @@ class _Backward:
 
     def _record(self, block: Block, inputs: Values, mask: Tensor | None) -> _Record:
         """Computes a block from the values that cross into it, and sums the inputs of its linears."""
-        inputs = {node: pytree.tree_map_only(Tensor, Tensor.detach, value) for node, value in inputs.items()}
+        inputs = _detached(inputs)
         leaves = {
             node: value.requires_grad_()
             for node, value in inputs.items()
@@ -265,11 +270,7 @@ class _Backward:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = run_block(self.gm, block, inputs, note)
-        if met:
-            tokens = next(iter(met.values())).shape[:-1].numel()
-            own = sum(size for at, size in held.items() if at not in self._weights)
-            self._held_per_token = max(self._held_per_token, own / tokens)
-        return _Record(block, leaves, met, outputs)
+        return _Record(block, leaves, met, outputs, sum(size for at, size in held.items() if at not in self._weights))
 
     def _back(self, record: _Record, gradients: Mapping[Node, Tensor], mask: Tensor | None) -> dict[Node, Tensor]:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
@@ -321,18 +322,25 @@ def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
 def _logits_gradient(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
     """Gradient of sum_i 2 z_i sqrt(p_i) of every token, [batch, tokens, vocabulary]; 0 where padding is.
 
-    With p = softmax(logits) it is sqrt(p) * z - p (sqrt(p) . z). Some tokens share z but for one sign of their own.
+    With p = softmax(logits) it is sqrt(p) * (z - sqrt(p) (sqrt(p) . z)). Some tokens share z but for one sign of their
+    own.
     """
     gradient = torch.empty_like(logits)
     for row in range(logits.shape[0]):
-        for start in range(0, logits.shape[1], _ROWS):
-            probabilities = logits[row, start : start + _ROWS].float().softmax(dim=-1)
-            signed = probabilities.sqrt() * _signs(probabilities.shape[1], generator).to(probabilities)
-            found = signed - probabilities * signed.sum(dim=1, keepdim=True)
-            found *= _signs(len(found), generator).to(found)[:, None]
+        for start in range(0, logits.shape[1], _SHARING_SIGNS):
+            tokens = slice(start, start + _SHARING_SIGNS)
+            z = _signs(logits.shape[2], generator).to(logits.device, torch.float32)
+            own = _signs(logits[row, tokens].shape[0], generator).to(z)
             if mask is not None:
-                found *= mask[row, start : start + _ROWS].bool()[:, None]
-            gradient[row, start : start + _ROWS] = found.to(gradient.dtype)
+                own *= mask[row, tokens].bool()
+            parts = zip(
+                logits[row, tokens].split(_ROWS), gradient[row, tokens].split(_ROWS), own.split(_ROWS), strict=True
+            )
+            for scores, found, sign in parts:
+                root = scores.float().log_softmax(dim=1).mul_(0.5).exp_()  # sqrt(p)
+                with torch.autocast(root.device.type, enabled=False):
+                    along = root @ z
+                found.copy_(torch.addcmul(z, root, along[:, None], value=-1).mul_(root).mul_(sign[:, None]))
     return gradient
 
 

@@ -100,8 +100,7 @@ def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch)
     dense_statistics(captured, linears, predictions)
     blocks = len(set(map(id, ran)))
     assert blocks > 2
-    twice = 2 * blocks - 1  # but for the last block; how much blocks hold is known after the first batch
-    assert len(ran) == twice + (blocks if kept else twice)
+    assert len(ran) == 2 * (blocks if kept else 2 * blocks - 1)  # of two batches; the last block is always kept
 
 
 def test_the_gradients_of_all_signs_have_fishers_matrix_in_the_mean_and_no_tie_between_tokens():
