@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ExportError
+from ..output_place import check_place
 
 if TYPE_CHECKING:
     import onnx
@@ -35,11 +36,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
             raise ExportError(f"{file} is a folder; wanted the name of a file to write")
         if file.exists() and not overwrite:
             raise ExportError(f"{file} exists already; choose another name, or say overwrite (--force)")
-    above = next(folder for folder in final.parents if folder.exists())
-    if not above.is_dir():
-        raise ExportError(f"{above} is a file; {path} cannot be made below it")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ExportError(f"{above} is not writable; choose another place or change its permissions")
+    check_place(path, final, ExportError)
     return final
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
+from .output_place import check_place
 
 _MODEL_FILES = (".safetensors", ".onnx")
 
@@ -64,12 +65,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False, 
                 raise CheckpointError(f"{path} exists already; choose another name, or say overwrite (--force)")
             if not any(child.name == "config.json" or child.suffix in _MODEL_FILES for child in final.iterdir()):
                 raise CheckpointError(f"{path} holds no saved model, so it is not replaced; choose another name")
-        above = next(folder for folder in final.parents if folder.exists())
-        if not above.is_dir():
-            raise CheckpointError(f"{above} is a file; {path} cannot be made below it")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise CheckpointError(f"{above} is not writable; choose another place or change its permissions")
-        free = shutil.disk_usage(above).free
+        free = shutil.disk_usage(check_place(path, final, CheckpointError)).free
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}; choose another place") from error
     if free < needed_bytes:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .bench_rows import BenchRow
-from .bench_timing import DTYPES, Progress, call_of, compile_apart, interleaved_medians, refuse_wrong, threads_set
+from .bench_timing import DTYPES, call_of, compile_apart, interleaved_medians, refuse_wrong, threads_set
 from .factors import FactorQuality, PifaFactors
 from .linear import PifaLinear
+from .sweep import Progress
 
 VARIANTS = ("dense", "lowrank", "plain", "pifa")
 BACKENDS = {"dense": "inductor", "lowrank": "inductor", "plain": "inductor", "pifa": "pifa"}
@@ -48,10 +49,6 @@ class LayerRow(BenchRow):
     rounds: int
     pifa_over_lowrank: float = field(init=False)
     pifa_over_dense: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pifa_over_lowrank", self.pifa_ms / self.lowrank_ms)
-        object.__setattr__(self, "pifa_over_dense", self.pifa_ms / self.dense_ms)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from .bench_rows import BenchRow
 from .bench_timing import (
     DTYPES,
     LEAST_ROUNDS,
-    Progress,
     call_of,
     compile_apart,
     interleaved_medians,
@@ -33,6 +32,7 @@ from .errors import CheckpointError, ConfigError
 from .factors import rank_for_density
 from .linear import PifaLinear
 from .linears import replace_linear
+from .sweep import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -79,10 +79,6 @@ class ModelRow(BenchRow):
     rounds: int
     pifa_over_lowrank: float = field(init=False)
     pifa_over_dense: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pifa_over_lowrank", self.pifa_ms / self.lowrank_ms)
-        object.__setattr__(self, "pifa_over_dense", self.pifa_ms / self.dense_ms)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 
 from .bench_layer import layer_bound, layer_variants, random_factors
 from .bench_rows import BenchRow
-from .bench_timing import Progress, interleaved_medians
+from .bench_timing import interleaved_medians
 from .errors import BenchError
+from .sweep import Progress
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,11 +51,6 @@ class OnnxRow(BenchRow):
     functions_over_dense: float = field(init=False)
     native_over_dense: float = field(init=False)
     rewritten_over_lowrank: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "functions_over_dense", self.functions_ms / self.dense_ms)
-        object.__setattr__(self, "native_over_dense", self.native_ms / self.dense_ms)
-        object.__setattr__(self, "rewritten_over_lowrank", self.rewritten_ms / self.lowrank_ms)
 
 
 def onnx_rows(

@@ -4,7 +4,7 @@ import csv
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,13 @@ from .errors import BenchError
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One measurement; its fields are the columns."""
+    """One measurement; its fields are the columns. A field `a_over_b` is no argument but a_ms / b_ms."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not each.init:
+                above, below = (getattr(self, f"{name}_ms") for name in each.name.split("_over_"))
+                object.__setattr__(self, each.name, above / below)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and CSV."""

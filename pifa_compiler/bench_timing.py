@@ -18,8 +18,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ROUNDS = 5
 """Every median is one of at least so many calls."""
 
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class Timing:

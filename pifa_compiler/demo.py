@@ -20,11 +20,10 @@ from .errors import CaptureError
 from .perplexity import perplexity
 from .pretrained import load_model, load_tokenizer
 from .smollm2 import fetch_smollm2
+from .sweep import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int, str], None]
 
 PROMPT = "Explain what a Python class is."
 
