@@ -44,11 +44,12 @@ class GroupSolver:
         low_rank = {}
         for node in group.members:
             rank, weight, name = self.targets[node].rank, self.targets[node].weight.double(), weight_name(node)
-            gram, drift = self.gradient_grams.get(name), [statistics.drift[name]] if name in statistics.drift else []
+            gram = self.gradient_grams.get(name)
+            sums = [statistics.output_cross[name]] if name in statistics.output_cross else []
             if rank is not None and gram is not None:
-                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings, *drift)
+                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.settings, *sums)
             elif rank is not None:
-                low_rank[node] = make_low_rank(weight, rank, *drift)
+                low_rank[node] = make_low_rank(weight, rank, *sums)
         solved: dict[Node, PifaFactors] = {}
         for nodes in _sets_of_one_order(low_rank, self.targets, self.meeting):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]

@@ -242,7 +242,7 @@ class _Backward:
         if source in self._summed:
             return
         self._summed.add(source)
-        rows = tokens_as_rows(values[source].detach(), mask)[:: self.stride]
+        rows = tokens_as_rows(values[source].detach(), mask, self.stride)
         self.tokens += len(rows) if len(self._summed) == 1 else 0
         _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))

@@ -19,20 +19,21 @@ class Statistics:
 
     Attributes:
         gram: A = sum x_u x_u^T, [in, in].
-        cross: B = sum x_o x_u^T, [in, in].
+        cross: B = sum x_o x_u^T, [in, in]; None where `output_cross` stands in for it at all linears.
         dense_gram: sum x_o x_o^T, [in, in]; the same as `gram` unless the method asked for both.
         mean_abs: mean |x_o| of every channel, [in].
         tokens: how many tokens were summed.
-        drift: of linears whose output is added to a value h (the residual stream), by the name of their weights:
-            sum (h_o - h_u) x_u^T, [out, in], h_o in the dense model and h_u in the compressed one.
+        output_cross: of linears whose output is added to a value h (the residual stream), by the name of their weights:
+            sum (W x_o + h_o - h_u) x_u^T, [out, in], h_o in the dense model and h_u in the compressed one. Without the
+            drift h_o - h_u it would be W B, and takes fewer products where out < in.
     """
 
     gram: Tensor
-    cross: Tensor
+    cross: Tensor | None
     dense_gram: Tensor
     mean_abs: Tensor
     tokens: int
-    drift: Mapping[str, Tensor] = field(default_factory=dict)
+    output_cross: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LowRank:
 
 
 Solve = Callable[..., LowRank]
-"""(weight [out, in] float64, rank) -> factors; of a method with `drift` also (weight, rank, drift [out, in])."""
+"""(weight [out, in] float64, rank) -> factors; of a method with `drift` also (weight, rank, output_cross [out, in])."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ def mpifa(statistics: Statistics, settings: Settings) -> Solve:
     absolute on the summed statistics, as in the authors' code.
     """
     ridge = 1e-3
-    gram, mixed = statistics.gram, _mixed(statistics, settings)
+    gram, cross = statistics.gram, statistics.cross
+    assert cross is not None  # noqa: S101  no sums of outputs are asked for, which could stand in for it
+    mixed = settings.mix * cross + (1 - settings.mix) * gram  # W times this is sum y x_u^T for the target y
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     start = svd_llm(statistics, settings)
     regularised = gram_root(gram + ridge * eye, statistics.tokens)
@@ -187,32 +190,31 @@ def optimal(statistics: Statistics, settings: Settings) -> Solve:
     """The exact minimiser of M's objective at this rank (reduced-rank regression; SAES-SVD, arXiv 2602.03051).
 
     With L L^T = A + eps I and T = W (f B + (1 - f) A + eps I), the rank-r truncation of T L^-T, times L^-1. The
-    regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0. With a drift D, T has f D more.
+    regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0. Where the statistics have a sum
+    of outputs, it takes the place of W B.
     """
-    gram = statistics.gram
+    gram, f = statistics.gram, settings.mix
     eps = settings.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     whitening = gram_root(gram + eps, statistics.tokens)
-    whitened = (_mixed(statistics, settings) + eps) @ whitening.inverse.T
+    kept = ((1 - f) * gram + eps) @ whitening.inverse.T
+    whitened = None if statistics.cross is None else kept + f * statistics.cross @ whitening.inverse.T
     few = statistics.tokens < len(gram)
     notes = (*whitening.notes, *((f"{statistics.tokens} tokens for {len(gram)} channels",) if few else ()))
 
-    def solve(weight: Tensor, rank: int, drift: Tensor | None = None) -> LowRank:
-        target = weight @ whitened
-        if drift is not None:
-            target += settings.mix * drift @ whitening.inverse.T
+    def solve(weight: Tensor, rank: int, output_cross: Tensor | None = None) -> LowRank:
+        if output_cross is not None:
+            target = weight @ kept + f * output_cross @ whitening.inverse.T
+        else:
+            assert whitened is not None  # noqa: S101  B is missing only where all linears have sums of outputs
+            target = weight @ whitened
         u, v = truncate(target, rank)
         return LowRank(u, v @ whitening.inverse, notes)
 
     return solve
 
 
-def _mixed(statistics: Statistics, settings: Settings) -> Tensor:
-    """f B + (1 - f) A, [in, in]: W times this is sum y x_u^T for the target y."""
-    return settings.mix * statistics.cross + (1 - settings.mix) * statistics.gram
-
-
 def solve_weighted(
-    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings, *drift: Tensor
+    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, settings: Settings, *output_cross: Tensor
 ) -> LowRank:
     """A method's answer where an error e at the output costs e^T G e instead of e^T e.
 
@@ -226,15 +228,15 @@ def solve_weighted(
         rank: of the result.
         gradient_gram: G, [out, out], any scale; `settings.gradient_damping` of its mean diagonal is added to it.
         settings: of the method.
-        drift: [out, in], float64, where a method asks for it and there is one.
+        output_cross: [out, in], float64, where a method asks for it and there is one.
     """
     gram = gradient_gram.double()
     scale = float(gram.diagonal().mean())
     if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
-        return solve(weight, rank, *drift)
+        return solve(weight, rank, *output_cross)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(gram / scale + settings.gradient_damping * eye).T
-    found = solve(root @ weight, rank, *(root @ each for each in drift))
+    found = solve(root @ weight, rank, *(root @ each for each in output_cross))
     return LowRank(torch.linalg.solve_triangular(root, found.u, upper=True), found.v, found.notes)
 
 

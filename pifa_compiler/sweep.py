@@ -133,7 +133,8 @@ class Sweep:
         targets: the linears to replace, `aten.linear.default` nodes.
         flows: which flows are followed, "both", "dense" or "compressed"; with one, all statistics are that one's.
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
-        drift: whether the difference between both flows is summed in what the outputs of linears are added to.
+        drift: whether outputs are summed together with what differs between both flows in the values that they are
+            added to (`Statistics.output_cross`).
     """
 
     def __init__(
@@ -173,14 +174,16 @@ class Sweep:
         for index, segment in enumerate(self.segments):
             label = weight_name(segment.group.members[0])
             sums = _Sums(self._dense_gram)
+            added = {member: self._differing(segment, member) for member in segment.addends}
+            added = {member: nodes for member, nodes in added.items() if nodes}
             for flows, mask in zip(self._batches, self._masks, strict=True):
                 self._run_segment(segment, flows)
                 dense, compressed = self._both(flows, segment.group.source)
                 rows = tokens_as_rows(dense, mask)
                 inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
-                sums.add(rows, inputs)
-                for member, addends in segment.addends.items():
-                    sums.add_drift(weight_name(member), self._differences(addends, flows, mask), inputs)
+                sums.add(rows, inputs, cross=len(added) < len(segment.group.members))
+                for member, nodes in added.items():
+                    sums.add_outputs(weight_name(member), self._wanted_output(member, nodes, flows, mask), inputs)
                 self._free(segment.group, flows)
             self._note_bytes()
             steps: list[Node | Group] = [*segment.nodes, segment.group]
@@ -199,23 +202,24 @@ class Sweep:
             elif node not in self._diverges:
                 flows.shared[node] = self._evaluate(node, flows.shared, compressed=self._only_compressed)
             else:
-                flows.dense[node] = self._evaluate(node, flows.shared | flows.dense, compressed=False)
+                if node not in flows.dense:
+                    flows.dense[node] = self._evaluate(node, flows.shared | flows.dense, compressed=False)
                 flows.compressed[node] = self._evaluate(node, flows.shared | flows.compressed, compressed=True)
             self._free(node, flows)
 
     def _evaluate(self, node: Node, values: Values, *, compressed: bool) -> Any:
-        def value(argument: Node) -> Any:
-            if argument.op == "get_attr":
-                return attrgetter(str(argument.target))(self.gm)
-            return values[argument] if argument in values else self._constant[argument]
-
         if compressed and node in self.factors:
-            new, bias = self.factors[node], node.args[2] if len(node.args) > 2 else None
-            x, b = value(node.all_input_nodes[0]), value(bias) if isinstance(bias, Node) else None
+            new, bias = self.factors[node], _bias(node)
+            x, b = self._value(node.all_input_nodes[0], values), None if bias is None else self._value(bias, values)
             if isinstance(new, Tensor):
                 return nn.functional.linear(x, new, b)
             return linear(x, new.w_pivot, new.coeff, new.order(), b)
-        return call(node, value)
+        return call(node, lambda argument: self._value(argument, values))
+
+    def _value(self, node: Node, values: Values) -> Any:
+        if node.op == "get_attr":
+            return attrgetter(str(node.target))(self.gm)
+        return values[node] if node in values else self._constant[node]
 
     def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
         if node in self._constant:
@@ -224,12 +228,23 @@ class Sweep:
             return flows.shared[node], flows.shared[node]
         return flows.dense[node], flows.compressed[node]
 
-    def _differences(self, nodes: Iterable[Node], flows: Flows, mask: Tensor | None) -> Iterator[Tensor]:
-        """What the dense model's values have that the compressed model's lack, tokens as rows."""
-        for node in nodes:
+    def _differing(self, segment: Segment, member: Node) -> tuple[Node, ...]:
+        """The addends of a member, if any of them, or its input, differs between the flows."""
+        addends = segment.addends[member]
+        return addends if self._diverges.intersection((segment.group.source, *addends)) else ()
+
+    def _wanted_output(self, linear: Node, addends: Iterable[Node], flows: Flows, mask: Tensor | None) -> Tensor:
+        """What `linear` computes in the dense model, without its bias, and what its addends lack; tokens as rows."""
+        flows.dense[linear] = self._evaluate(linear, flows.shared | flows.dense, compressed=False)
+        wanted = tokens_as_rows(flows.dense[linear], mask)
+        bias = _bias(linear)
+        if bias is not None:
+            wanted = wanted - self._value(bias, flows.shared | flows.dense).float()
+        for node in addends:
             dense, compressed = self._both(flows, node)
             if dense is not compressed:
-                yield tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask)
+                wanted = wanted + tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask)
+        return wanted
 
     def _free(self, step: Node | Group, flows: Flows) -> None:
         for node in self._freed_after.get(step, ()):
@@ -250,42 +265,50 @@ class _Sums:
     """Running sums of `Statistics`; an input that is the same in both flows is multiplied only once."""
 
     def __init__(self, dense_gram: bool) -> None:
-        self.gram, self.cross, self.dense_gram, self.sum_abs = (torch.zeros((), dtype=torch.float64) for _ in range(4))
-        self.drift: dict[str, Tensor] = {}
+        self.gram, self.dense_gram, self.sum_abs = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        self.cross: Tensor | None = None
+        self.output_cross: dict[str, Tensor] = {}
         self.tokens = 0
         self.wants_dense_gram = dense_gram
 
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
+    def add(self, dense: Tensor, compressed: Tensor, *, cross: bool) -> None:
         # float32 within a batch (at most some thousand tokens), float64 across batches.
         same = dense is compressed
         gram = gram_matrix(compressed).double()
         self.gram = self.gram + gram
-        self.cross = self.cross + (gram if same else (dense.T @ compressed).double())
+        if same or cross:
+            self.cross = (0 if self.cross is None else self.cross) + (gram if same else (dense.T @ compressed).double())
         if self.wants_dense_gram:
             self.dense_gram = self.dense_gram + (gram if same else gram_matrix(dense).double())
         self.sum_abs = self.sum_abs + dense.abs().sum(dim=0).double()
         self.tokens += len(dense)
 
-    def add_drift(self, name: str, differences: Iterable[Tensor], inputs: Tensor) -> None:
-        for difference in differences:
-            self.drift[name] = self.drift.get(name, 0) + (difference.T @ inputs).double()
+    def add_outputs(self, name: str, outputs: Tensor, inputs: Tensor) -> None:
+        self.output_cross[name] = self.output_cross.get(name, 0) + (outputs.T @ inputs).double()
 
     def finish(self, label: str) -> Statistics:
         dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
-        for total in (self.gram, self.cross, dense_gram, *self.drift.values()):
-            if not bool(torch.isfinite(total).all()):
+        for total in (self.gram, self.cross, dense_gram, *self.output_cross.values()):
+            if total is not None and not bool(torch.isfinite(total).all()):
                 raise CalibrationError(
                     f"the input of {label} is not finite (NaN or Inf) on the calibration batches; "
                     "calibrate in float32, or repair the layers before it"
                 )
         mean_abs = self.sum_abs / max(self.tokens, 1)
-        return Statistics(self.gram, self.cross, dense_gram, mean_abs, self.tokens, self.drift)
+        return Statistics(self.gram, self.cross, dense_gram, mean_abs, self.tokens, self.output_cross)
 
 
-def tokens_as_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens as rows [tokens, in] in float32, padding left out."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows
+def _bias(linear: Node) -> Node | None:
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    return bias if isinstance(bias, Node) else None
+
+
+def tokens_as_rows(x: Tensor, mask: Tensor | None, stride: int = 1) -> Tensor:
+    """Tokens as rows [tokens, in] in float32, padding left out; one in `stride` of them."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        rows = rows[mask.reshape(-1).bool()]
+    return rows[::stride].float()
 
 
 def gram_matrix(rows: Tensor) -> Tensor:

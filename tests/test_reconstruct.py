@@ -65,12 +65,12 @@ def test_a_drift_is_made_up_for_by_the_minimiser_of_the_objective_with_it(weight
     root = torch.triu(torch.randn(24, 24, dtype=torch.float64)) + 5 * torch.eye(24, dtype=torch.float64)
     settings = Settings(mix=0.25, damping=0, gradient_damping=0)
     solve = METHODS["two-sided"].prepare(statistics_of(dense, compressed), settings)
-    drift = lack.T @ compressed
+    outputs = (dense @ weight.T + lack).T @ compressed
     if weighted:
-        found = solve_weighted(solve, weight, 8, root.T @ root, settings, drift)
+        found = solve_weighted(solve, weight, 8, root.T @ root, settings, outputs)
     else:
         root = torch.eye(24, dtype=torch.float64)
-        found = solve(weight, 8, drift)
+        found = solve(weight, 8, outputs)
     # Reduced-rank regression of the weighted target, by samples.
     target = (0.75 * compressed @ weight.T + 0.25 * (dense @ weight.T + lack)) @ root.T
     full = torch.linalg.lstsq(compressed, target).solution
