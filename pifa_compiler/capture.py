@@ -38,7 +38,8 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
 
     Args:
         model: any exportable module; its weights are shared with the graph, not copied.
-        batches: calls to capture it for; dimensions that differ between batches become dynamic.
+        batches: calls to capture it for; dimensions that differ between batches become dynamic. Their tensors are moved
+            to the device of the model.
 
     Raises:
         CalibrationError: there is no batch, or the batches differ in more than their shapes.
@@ -73,7 +74,14 @@ def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str,
         args = tuple(batch)
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs.setdefault("use_cache", False)
-    return args, kwargs
+    weight = next(model.parameters(), None)
+    if weight is None:
+        return args, kwargs
+    device = weight.device
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda value: value.to(device), (args, kwargs)
+    )
+    return moved
 
 
 def _dynamic_shapes(batches: list[list[Any]], spec: pytree.TreeSpec) -> Any:

@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from . import cli_bench, cli_compare, cli_export, cli_print
-from .cli_output import Json
+from .cli_output import Device, Json
+from .cli_output import device_of as _device_of
 from .cli_output import print_json as _print_json
 from .cli_output import progress as _progress
 from .cli_output import work as _work
@@ -113,6 +114,7 @@ def compress_verb(
         bool, typer.Option("--gradients/--no-gradients", help="Weigh errors by what they do to predictions.")
     ] = True,
     dtype: Dtype = None,
+    device: Device = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Seqlen = 2048,
     seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
@@ -124,6 +126,7 @@ def compress_verb(
     from .compress import CompressConfig, compress
 
     _check_dtype(dtype)
+    place = _device_of(device)
     try:
         config = CompressConfig(
             density,
@@ -138,25 +141,27 @@ def compress_verb(
         )
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    with _work(as_json):
+    with _work(as_json, place):
         from .atomic_folder import check_destination
         from .calibration import calibration_batches, read_text
         from .checkpoint import save_pretrained
+        from .device import device_name
         from .pretrained import load_model, load_tokenizer
 
         check_destination(output, overwrite=force)
         if data != "self":
             read_text(data, "calibration")  # a missing text is refused before the weights are read
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
         with _progress("compressing", as_json) as progress:
             report = compress(model, batches, config, progress=progress)
         save_pretrained(model, output, tokenizer=tokenizer, report=report, overwrite=force)
+        at = device_name(place)
     if as_json:
-        _print_json({**report.to_dict(), "output": str(output), "bytes": cli_print.folder_bytes(output)})
+        _print_json({**report.to_dict(), "output": str(output), "bytes": cli_print.folder_bytes(output), "device": at})
     else:
-        cli_print.summary(report, output, data)
+        cli_print.summary(report, output, data, at)
 
 
 @app.command("eval", no_args_is_help=True, epilog="Example: pifa eval smol-pifa --data wikitext2 --windows 20")
@@ -166,28 +171,32 @@ def eval_verb(
     windows: Annotated[int | None, typer.Option(min=1, help="How many; default: all of the text.")] = None,
     seqlen: Seqlen = 2048,
     dtype: Dtype = None,
+    device: Device = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity over consecutive windows of a text."""
     _check_dtype(dtype)
-    with _work(as_json):
+    place = _device_of(device)
+    with _work(as_json, place):
         from .calibration import evaluation_batches, read_text
+        from .device import device_name
         from .perplexity import perplexity
         from .pretrained import load_model, load_tokenizer
 
         read_text(data, "evaluation")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         batches = evaluation_batches(data, model, tokenizer, seqlen=seqlen, limit=windows)
         with _progress("windows", as_json) as progress:
             result = perplexity(model, batches, progress)
+        at = device_name(place)
     if as_json:
-        _print_json(vars(result))
+        _print_json({**vars(result), "device": at})
     else:
         typer.echo(
             f"perplexity {result.perplexity:.4f}  ({data}: {result.windows} windows of {result.seqlen}, "
-            f"{result.tokens:,} tokens predicted)"
+            f"{result.tokens:,} tokens predicted, on {at})"
         )
 
 
@@ -203,30 +212,34 @@ def generate_verb(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     dtype: Dtype = None,
+    device: Device = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text, greedily."""
     _check_dtype(dtype)
+    place = _device_of(device)
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")
-    with _work(as_json):
+    with _work(as_json, place):
         from .cli_generate import compile_step, generate, prompt_tokens
+        from .device import device_name
         from .pretrained import check_vocabulary, load_model, load_tokenizer
 
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         check_vocabulary(model, tokenizer)
         tokens = prompt_tokens(model, tokenizer, prompt, max_new_tokens)
         step = compile_step(model, "pifa") if compiled else None
         with _progress("tokens", as_json) as progress:
             result = generate(model, tokens, max_new_tokens, progress, step=step)
         text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+        at = device_name(place)
     if as_json:
-        _print_json({"prompt": prompt, "text": text, "compiled": compiled, **result.to_dict()})
+        _print_json({"prompt": prompt, "text": text, "compiled": compiled, **result.to_dict(), "device": at})
     else:
         typer.echo(prompt + str(text))
-        typer.echo(f"({len(result.tokens)} tokens in {result.seconds:.1f} s)", err=True)
+        typer.echo(f"({len(result.tokens)} tokens in {result.seconds:.1f} s on {at})", err=True)
 
 
 @app.command("inspect", no_args_is_help=True, epilog="Example: pifa inspect smol-pifa")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import cli_print
-from .cli_output import Json, print_json, progress, work
+from .cli_output import Device, Json, device_of, print_json, progress, work
 from .errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def compare_verb(
         Path, typer.Option("-o", "--output", metavar="FILE", help="Rows; a run that was stopped goes on from them.")
     ] = Path("pifa-compare.json"),
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.png, .svg or .pdf).")] = None,
+    device: Device = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let Python code that comes with MODEL run.")
     ] = False,
@@ -52,7 +53,8 @@ def compare_verb(
     if data in tests and Path(data).is_file():
         raise typer.BadParameter(f"{data} is calibrated on; measure on another text: --test TEXT")
     setting = Setting(name, data, tests, samples, seqlen, seed, windows, rank_multiple)
-    with work(as_json):
+    place = device_of(device)
+    with work(as_json, place):
         from .calibration import calibration_batches, evaluation_batches, read_text
         from .pretrained import load_model, load_tokenizer
 
@@ -60,7 +62,7 @@ def compare_verb(
         for text in tests:
             read_text(text, "evaluation")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=setting.dtype, trust_remote_code=trust_remote_code)
+        model = load_model(name, dtype=setting.dtype, device=place, trust_remote_code=trust_remote_code)
         batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
         measured = {text: evaluation_batches(text, model, tokenizer, seqlen=seqlen, limit=windows) for text in tests}
         with progress("comparing", as_json) as tell:

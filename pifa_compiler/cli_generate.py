@@ -36,12 +36,12 @@ class Generated:
 def prompt_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, max_new_tokens: int
 ) -> Tensor:
-    """The prompt as token ids [1, n], special ones added as the tokenizer does it.
+    """The prompt as token ids [1, n] on the model's device, special ones added as the tokenizer does it.
 
     Raises:
         ConfigError: it has no tokens, or leaves no room for the new ones.
     """
-    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64, device=model.device)
     if tokens.shape[1] == 0:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; write a longer one")
     longest = getattr(model.config, "max_position_embeddings", None)

@@ -8,17 +8,42 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N, to compute on. Default: the first GPU, if there is one.")
+]
+
+
+def device_of(name: str | None) -> "torch.device":
+    """What `--device` asks for; bad usage if it is not there."""
+    from .device import find_device
+
+    try:
+        return find_device(name)
+    except DeviceError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextlib.contextmanager
-def work(as_json: bool) -> Iterator[None]:
-    """Sends whatever libraries print to stderr, and keeps their progress bars away where they would be noise."""
+def work(as_json: bool, place: "torch.device | None" = None) -> Iterator[None]:
+    """Sends whatever libraries print to stderr, and keeps their progress bars away where they would be noise.
+
+    With `place`, the device computed on, running out of its memory is an error that says so.
+    """
     with contextlib.ExitStack() as stack:
+        if place is not None:
+            from .device import enough_memory
+
+            stack.enter_context(enough_memory(place))
         if as_json or not sys.stderr.isatty():
             for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
                 os.environ.setdefault(switch, "1")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 160
 
 
-def summary(report: Report, output: Path, data: str) -> None:
+def summary(report: Report, output: Path, data: str, device: str) -> None:
     """What `pifa compress` has done, and what to do next."""
     console, where = _console(), shlex.quote(str(output))
     rows = [
@@ -38,7 +38,7 @@ def summary(report: Report, output: Path, data: str) -> None:
         reasons.setdefault(str(layer.skipped), []).append(layer.name)
     rows += [("", f"{_names(names)}: {reason}") for reason, names in reasons.items()]
     rows += [("note", note) for note in report.notes]
-    rows += [("seconds", f"{report.seconds:.1f}")]
+    rows += [("seconds", f"{report.seconds:.1f} on {device}")]
     measured_on = "pydoc" if data == "self" else shlex.quote(data)
     rows += [
         ("next", f"pifa eval {where} --data {measured_on}"),

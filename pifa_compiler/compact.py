@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node, symbolic_trace
-from torch.utils import _pytree as pytree
 
 from .absorb import absorb_orders, layer_sites
 from .capture import Batch, capture
@@ -144,24 +143,12 @@ def _capture(model: nn.Module, example: Batch | None, report: Report) -> GraphMo
         report.note("no example was given: pairs are looked for in modules only, and row orders stay")
         return None
     try:
-        return capture(model, [_beside(model, call)]).graph
+        return capture(model, [call]).graph
     except CaptureError as error:
         if example is not None:
             raise
         report.note(f"the model's own dummy_inputs do not fit its forward, so its graph was not searched: {error}")
         return None
-
-
-def _beside(model: nn.Module, call: Batch) -> Batch:
-    """The call with its tensors on the device of the model; `dummy_inputs` are on the CPU wherever the model is."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return call
-    device = parameter.device
-    moved: Batch = pytree.tree_map_only(
-        Tensor, lambda value: value.to(device), dict(call) if isinstance(call, Mapping) else call
-    )
-    return moved
 
 
 def _compact_singular(model: nn.Module, report: Report) -> None:

@@ -23,6 +23,7 @@ from . import reconstruct
 from .allocators import ALLOCATORS
 from .capture import capture
 from .compress import CompressConfig, compress, measure
+from .device import device_name
 from .errors import CheckpointError, ConfigError
 from .linears import weight_name
 from .output_gradients import DenseStatistics
@@ -72,6 +73,7 @@ class Row:
         seconds: to compress, without what the dense model's statistics took.
         shared_seconds: what those took, once for all rows; 0 where the row needs none.
         threads: of PyTorch, while these seconds were taken.
+        device: they were taken on, as its maker calls it; "cpu" for the CPU.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Row:
     seconds: float = 0.0
     shared_seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
+    device: str = "cpu"
 
     @property
     def key(self) -> tuple[str, float | None]:
@@ -229,7 +232,8 @@ def _row(
         stored, seconds = report.density, report.seconds
     found = {text: perplexity(model, windows).perplexity for text, windows in tests.items()}
     finite = {text: value if math.isfinite(value) else None for text, value in found.items()}
-    return Row(name, density, stored, finite, seconds, shared_seconds)
+    at = device_name(next(model.parameters()).device)
+    return Row(name, density, stored, finite, seconds, shared_seconds, device=at)
 
 
 def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Progress | None = None) -> None:

@@ -32,6 +32,10 @@ class CheckpointError(PifaError):
     """A saved model is missing, damaged, of an unknown format, or would overwrite something."""
 
 
+class DeviceError(PifaError, ValueError):
+    """A device is unknown, not there, or has too little memory."""
+
+
 class PassError(PifaError):
     """A pass skipped a node under `strict=True`."""
 

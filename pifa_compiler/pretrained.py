@@ -25,14 +25,21 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """Loads a model with its weights, in evaluation mode, on the CPU.
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """Loads a model with its weights, in evaluation mode.
 
     Args:
         name: a folder with config.json and *.safetensors, a GGUF file (ending in .gguf; its weights are dequantized),
             or a name on the Hugging Face Hub. A folder that holds a PIFA model is loaded as one.
         dtype: "float32", "bfloat16" or "float16". None and "auto" take the dtype that the weights are stored in, and
             "float32" for a GGUF file, whose weights are stored as integers.
+        device: where the model is moved.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
@@ -42,7 +49,12 @@ def load_model(name: str | Path, *, dtype: str | None = None, trust_remote_code:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     wanted: torch.dtype | None = None if dtype in (None, "auto") else getattr(torch, str(dtype))
-    source = _locate(name)
+    model = _load_any(_locate(name), wanted, trust_remote_code)
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
+
+
+def _load_any(source: Path | str, wanted: torch.dtype | None, trust_remote_code: bool) -> "PreTrainedModel":
     if isinstance(source, Path) and source.suffix == ".gguf":
         return _load_gguf(source, wanted or torch.float32)
     if isinstance(source, Path):

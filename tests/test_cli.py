@@ -15,6 +15,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from pifa_compiler import LayerReport, cli, cli_print
+from pifa_compiler.device import device_name, find_device
 from pifa_compiler.report import Report
 
 VERBS = ("compress", "compare", "eval", "generate", "inspect", "demo")
@@ -113,6 +114,7 @@ def test_compress_as_json_prints_one_object_with_the_keys_that_scripts_read(
     found = json.loads(result.stdout)
     assert found.keys() >= {"density_requested", "density", "params_before", "params_after", "seconds", "layers"}
     assert found["density_requested"] == 0.5
+    assert found["device"] == device_name(find_device())
     assert found["density"] <= 0.5
     assert found["params_after"] < found["params_before"] == sum(p.numel() for p in tiny_llama().parameters())
     ranks = {layer["name"]: layer["rank"] for layer in found["layers"]}
@@ -177,7 +179,7 @@ def test_eval_measures_the_perplexity_of_dense_and_compressed(model: Path, compr
     for folder in (model, compressed):
         result = pifa("eval", folder, "--data", text, "--seqlen", "32", "--windows", "3", "--json")
         found = json.loads(result.stdout)
-        assert found.keys() == {"perplexity", "tokens", "windows", "seqlen"}
+        assert found.keys() == {"perplexity", "tokens", "windows", "seqlen", "device"}
         assert found["perplexity"] > 1
         assert (found["tokens"], found["windows"], found["seqlen"]) == (93, 3, 32)
     assert pifa("eval", model, "--data", text, "--seqlen", "32").stdout.startswith("perplexity ")
@@ -222,6 +224,7 @@ def test_generate_refuses_a_prompt_that_is_empty_or_too_long(compressed: Path) -
         (("--rank-multiple", "0"), "--rank-multiple"),
         (("--samples", "0"), "--samples"),
         (("--seqlen", "1"), "--seqlen"),
+        (("--device", "tpu"), "unknown device 'tpu'"),
         (("--dtype", "int4"), "unknown --dtype 'int4'"),
         (("--no-such-option",), "--no-such-option"),
     ],
@@ -408,8 +411,9 @@ def test_the_summary_says_why_layers_are_left_and_where_the_model_is(
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(250_000))
     left = [LayerReport.of_skip(f"layers.{i}.gate", (8, 8), "too small", target=True) for i in range(5)]
-    cli_print.summary(Report("optimal", 0.5, left, 100, 80, 1.5), folder, "self")
+    cli_print.summary(Report("optimal", 0.5, left, 100, 80, 1.5), folder, "self", "a GPU")
     shown = capsys.readouterr().out
+    assert "1.5 on a GPU" in shown
     assert "layers.0.gate, layers.1.gate, layers.2.gate and 2 more: too small" in shown
     assert "0.2 MB" in shown
     assert f"pifa eval '{folder}' --data pydoc" in shown  # what the model itself wrote is no text to measure on

@@ -123,11 +123,13 @@ def test_a_pifa_folder_is_given_to_the_checkpoint_loader(folder: Path, monkeypat
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "pifa"}}))
     asked: list[Any] = []
 
-    def record(*args: object, **options: object) -> None:
+    def record(*args: object, **options: object) -> torch.nn.Module:
         asked.append((args, options))
+        return loaded
 
     monkeypatch.setattr("pifa_compiler.checkpoint.load_pretrained", record)
-    load_model(folder, dtype="bfloat16")
+    loaded = torch.nn.Linear(1, 1)
+    assert load_model(folder, dtype="bfloat16") is loaded
     assert asked == [((folder,), {"dtype": torch.bfloat16})]
 
 
