@@ -41,10 +41,7 @@ from .sweep import Progress, gram_matrix, tokens_as_rows
 _ROWS = 32
 """Tokens whose probabilities are computed at once, in float32: few enough for a cache."""
 
-_SHARING_SIGNS = 256
-"""Tokens with the same random signs but for one of their own."""
-
-_TOKENS_FOR_RANKS = 4
+_TOKENS_FOR_RANKS = 16
 """Tokens for every channel of the widest input: sums of more hardly change the ranks."""
 
 _KEPT_BYTES = 3 << 30
@@ -322,25 +319,23 @@ def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
 def _logits_gradient(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
     """Gradient of sum_i 2 z_i sqrt(p_i) of every token, [batch, tokens, vocabulary]; 0 where padding is.
 
-    With p = softmax(logits) it is sqrt(p) * (z - sqrt(p) (sqrt(p) . z)). Some tokens share z but for one sign of their
-    own.
+    With p = softmax(logits) it is sqrt(p) * (z - sqrt(p) (sqrt(p) . z)). The signs z of a token are those of the token
+    before it, moved on by one, times one of its own: no entry of the vocabulary has the same ones at two tokens, and
+    few random numbers are drawn.
     """
     gradient = torch.empty_like(logits)
+    count, vocabulary = logits.shape[1:]
     for row in range(logits.shape[0]):
-        for start in range(0, logits.shape[1], _SHARING_SIGNS):
-            tokens = slice(start, start + _SHARING_SIGNS)
-            z = _signs(logits.shape[2], generator).to(logits.device, torch.float32)
-            own = _signs(logits[row, tokens].shape[0], generator).to(z)
-            if mask is not None:
-                own *= mask[row, tokens].bool()
-            parts = zip(
-                logits[row, tokens].split(_ROWS), gradient[row, tokens].split(_ROWS), own.split(_ROWS), strict=True
-            )
-            for scores, found, sign in parts:
-                root = scores.float().log_softmax(dim=1).mul_(0.5).exp_()  # sqrt(p)
-                with torch.autocast(root.device.type, enabled=False):
-                    along = root @ z
-                found.copy_(torch.addcmul(z, root, along[:, None], value=-1).mul_(root).mul_(sign[:, None]))
+        signs = _signs(count + vocabulary - 1, generator).to(logits.device, torch.float32)
+        own = _signs(count, generator).to(signs)
+        if mask is not None:
+            own *= mask[row].bool()
+        for start in range(0, count, _ROWS):
+            tokens = slice(start, start + _ROWS)
+            root = logits[row, tokens].float().log_softmax(dim=1).mul_(0.5).exp_()  # sqrt(p)
+            z = signs[start : start + len(root) + vocabulary - 1].unfold(0, vocabulary, 1)
+            along = (root * z).sum(dim=1, keepdim=True)
+            gradient[row, tokens] = torch.addcmul(z, root, along, value=-1).mul_(root).mul_(own[tokens, None])
     return gradient
 
 

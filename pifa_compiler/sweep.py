@@ -243,7 +243,7 @@ class Sweep:
         for node in addends:
             dense, compressed = self._both(flows, node)
             if dense is not compressed:
-                wanted = wanted + tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask)
+                wanted = wanted + (tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask))
         return wanted
 
     def _free(self, step: Node | Group, flows: Flows) -> None:

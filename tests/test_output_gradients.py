@@ -8,7 +8,7 @@ from pifa_compiler.capture import capture
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
-from pifa_compiler.output_gradients import Predictions, _logits_gradient, dense_statistics, find_predictions
+from pifa_compiler.output_gradients import _ROWS, Predictions, _logits_gradient, dense_statistics, find_predictions
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,9 +72,9 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, ke
             assert error < tolerance
 
 
-@pytest.mark.parametrize(("tokens", "stride"), [(1024, 2), (512, 1), (30, 1)])
+@pytest.mark.parametrize(("tokens", "stride"), [(4096, 2), (2048, 1), (30, 1)])
 def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_of_all(tokens, stride):
-    widest = 128  # so that 512 tokens will do
+    widest = 128  # so that 2048 tokens will do
     model = tiny_llama(intermediate_size=widest)
     captured = capture(model, [torch.randint(0, 64, (1, tokens // 2)) for _ in range(2)])
     linears, predictions = linears_of(captured), find_predictions(captured)
@@ -113,6 +113,14 @@ def test_the_gradients_of_all_signs_have_fishers_matrix_in_the_mean_and_no_tie_b
     assert bool(((products.mean(dim=0) - fisher).abs() <= bound).all())
     again = _logits_gradient(logits, None, torch.Generator().manual_seed(0))[0].flatten()
     assert torch.equal(again, found[0])
+
+
+def test_tokens_have_signs_of_their_own():
+    """Of tokens that all predict the same, across blocks of rows: each pair of gradients is as good as unrelated."""
+    tokens, vocabulary = 3 * _ROWS + 5, 4096
+    found = _logits_gradient(torch.zeros(1, tokens, vocabulary), None, torch.Generator().manual_seed(0))[0]
+    cosines = nn.functional.normalize(found) @ nn.functional.normalize(found).T
+    assert float((cosines - torch.eye(tokens)).abs().max()) < 6 / vocabulary**0.5  # in standard deviations
 
 
 def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
