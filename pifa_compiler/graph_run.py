@@ -30,16 +30,15 @@ def call(node: Node, value: Callable[[Node], Any]) -> Any:
     return node.target(*args, **kwargs)
 
 
+def constant(gm: GraphModule, node: Node) -> Any:
+    """What a `get_attr` node reads: a weight, which needs no gradient here, or a buffer."""
+    found = attrgetter(str(node.target))(gm)
+    return found.detach() if isinstance(found, Tensor) else found
+
+
 def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
-    """What a node computes from `values`; weights are read from the graph, and need no gradient."""
-
-    def value(argument: Node) -> Any:
-        if argument.op != "get_attr":
-            return values[argument]
-        constant = attrgetter(str(argument.target))(gm)
-        return constant.detach() if isinstance(constant, Tensor) else constant
-
-    return call(node, value)
+    """What a node computes from `values`; weights are read from the graph."""
+    return call(node, lambda argument: constant(gm, argument) if argument.op == "get_attr" else values[argument])
 
 
 def ancestors(*nodes: Node) -> set[Node]:

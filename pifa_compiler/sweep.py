@@ -10,7 +10,6 @@ computed. There are no layer names in it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured
 from .errors import CalibrationError
 from .factors import PifaFactors
-from .graph_run import Values, ancestors, call
+from .graph_run import Values, ancestors, call, constant
 from .kernels import linear
 from .linears import weight_name
 from .reconstruct import Statistics
@@ -218,7 +217,7 @@ class Sweep:
 
     def _value(self, node: Node, values: Values) -> Any:
         if node.op == "get_attr":
-            return attrgetter(str(node.target))(self.gm)
+            return constant(self.gm, node)
         return values[node] if node in values else self._constant[node]
 
     def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
