@@ -36,6 +36,7 @@ class CompressConfig:
             added to a residual stream H, `two-sided` takes (1 - f) W X_u + f (W X_o + H_o - H_u), so that a later layer
             makes up for part of what earlier ones lost.
         damping: regularisation of `two-sided` and `optimal`: this times the mean diagonal of the inputs' Gram matrix.
+            With 0, directions that the inputs hardly have are as inexact as sums in float32 are.
         ranks: ranks by name pattern (`fnmatch`; the first that matches counts); such layers do not follow `density`.
         skip: name patterns of linears to leave dense; they do not count for the density.
         rank_multiple: ranks are multiples of this (of layers too small for that, any), since matrix units are faster

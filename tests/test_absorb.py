@@ -82,9 +82,11 @@ def test_compressing_all_of_an_mlp_at_full_rank_changes_nothing():
         weight = torch.randn(layer.out_features, 4).double() @ torch.randn(4, layer.in_features).double()
         layer.weight.data = weight
     wanted = model(x).detach()
-    pc.compress(model, [x], pc.CompressConfig(ranks={"*": 4}, damping=0))
+    pc.compress(model, [x], pc.CompressConfig(ranks={"*": 4}))
     assert model.gate.order is None
-    assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
+    # Weights come from sums in float32, divided by a Gram matrix that the damping alone keeps from 0.
+    damping = pc.CompressConfig().damping
+    assert (model(x) - wanted).norm() <= torch.finfo(torch.float32).eps / damping * wanted.norm()
 
 
 def test_ranks_that_differ_keep_their_orders():
