@@ -173,16 +173,19 @@ class Sweep:
         for index, segment in enumerate(self.segments):
             label = weight_name(segment.group.members[0])
             sums = _Sums(self._dense_gram)
-            added = {member: self._differing(segment, member) for member in segment.addends}
-            added = {member: nodes for member, nodes in added.items() if nodes}
+            added = {  # where one of the addends, or the input, differs between the flows
+                member: addends
+                for member, addends in segment.addends.items()
+                if self._diverges.intersection((segment.group.source, *addends))
+            }
             for flows, mask in zip(self._batches, self._masks, strict=True):
                 self._run_segment(segment, flows)
                 dense, compressed = self._both(flows, segment.group.source)
                 rows = tokens_as_rows(dense, mask)
                 inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
                 sums.add(rows, inputs, cross=len(added) < len(segment.group.members))
-                for member, nodes in added.items():
-                    sums.add_outputs(weight_name(member), self._wanted_output(member, nodes, flows, mask), inputs)
+                for member, addends in added.items():
+                    sums.add_outputs(weight_name(member), self._wanted_output(member, addends, flows, mask), inputs)
                 self._free(segment.group, flows)
             self._note_bytes()
             steps: list[Node | Group] = [*segment.nodes, segment.group]
@@ -226,11 +229,6 @@ class Sweep:
         if node in flows.shared:
             return flows.shared[node], flows.shared[node]
         return flows.dense[node], flows.compressed[node]
-
-    def _differing(self, segment: Segment, member: Node) -> tuple[Node, ...]:
-        """The addends of a member, if any of them, or its input, differs between the flows."""
-        addends = segment.addends[member]
-        return addends if self._diverges.intersection((segment.group.source, *addends)) else ()
 
     def _wanted_output(self, linear: Node, addends: Iterable[Node], flows: Flows, mask: Tensor | None) -> Tensor:
         """What `linear` computes in the dense model, without its bias, and what its addends lack; tokens as rows."""

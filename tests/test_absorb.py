@@ -75,18 +75,21 @@ def test_compress_gives_gate_and_up_one_order_which_down_absorbs(bias: bool):
     assert_close(other(x), model(x))
 
 
-def test_compressing_all_of_an_mlp_at_full_rank_changes_nothing():
+@pytest.mark.parametrize("method", ["optimal", "two-sided"])
+def test_compressing_all_of_an_mlp_at_full_rank_changes_nothing(method: str):
     """At a rank where nothing is lost, absorbing must not either."""
+    damping = 0 if method == "optimal" else pc.CompressConfig().damping
     model, x = GatedMlp(pairs=False).double(), torch.randn(200, 16).double()
     for layer in (model.gate, model.up, model.down):
         weight = torch.randn(layer.out_features, 4).double() @ torch.randn(4, layer.in_features).double()
         layer.weight.data = weight
     wanted = model(x).detach()
-    pc.compress(model, [x], pc.CompressConfig(ranks={"*": 4}))
+    pc.compress(model, [x], pc.CompressConfig(method=method, ranks={"*": 4}, damping=damping))
     assert model.gate.order is None
-    # Weights come from sums in float32, divided by a Gram matrix that the damping alone keeps from 0.
-    damping = pc.CompressConfig().damping
-    assert (model(x) - wanted).norm() <= torch.finfo(torch.float32).eps / damping * wanted.norm()
+    if method == "optimal":
+        assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
+    else:  # sums of outputs, in float32, are divided by a Gram matrix that the damping alone keeps from 0
+        assert (model(x) - wanted).norm() <= torch.finfo(torch.float32).eps / damping * wanted.norm()
 
 
 def test_ranks_that_differ_keep_their_orders():
