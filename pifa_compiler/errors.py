@@ -16,6 +16,10 @@ class RankError(PifaError, ValueError):
     """A weight cannot be factorized at the rank or density asked for."""
 
 
+class WeightError(PifaError, RuntimeError):
+    """A dense weight that is put together from its factors was written to; the factors are what can be changed."""
+
+
 class CaptureError(PifaError):
     """A model could not be captured as one graph of tensor operations."""
 

@@ -1,10 +1,13 @@
 """`PifaLinear`: the module that stands where an `nn.Linear` stood."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .dense_weight import DenseWeight, put_together
+from .errors import ConfigError, RankError, WeightError
 from .factors import PifaFactors, row_order
 from .kernels import linear
 
@@ -16,11 +19,19 @@ class PifaLinear(nn.Module):
     `coeff` [out - r, r], `pivots` [r] (int32) and, if there is one, `bias` [out]; the row order follows from `pivots`:
     it is None where the pivots are the first r rows, as they are once the next layer absorbed it (`absorb_orders`).
 
+    A new layer is initialised for training from scratch, see `reset_parameters`; `from_factors` makes one of a weight.
+
     Args:
         in_features, out_features, rank: the shape; 1 <= rank <= min(in_features, out_features).
         bias: whether there is a bias [out_features].
         device, dtype: of the parameters, as in `nn.Linear`.
+
+    Raises:
+        RankError: no weight of this shape has this rank.
+        ConfigError: the shape is not one, or the dtype is not of floating point.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight"]  # torch.jit.script compiles properties, used or not
 
     order: Tensor | None
     pivots: Tensor
@@ -35,6 +46,7 @@ class PifaLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_shape(in_features, out_features, rank, dtype)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.w_pivot = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.coeff = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
@@ -42,8 +54,27 @@ class PifaLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("pivots", torch.arange(rank, device=device, dtype=torch.int32))
-        self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        self.register_buffer("pivots", torch.empty(rank, device=device, dtype=torch.int32))
+        self.register_buffer("order", None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, so that outputs and gradients are of the size that those of `nn.Linear` are.
+
+        Pivot rows and bias are uniform in +-1 / sqrt(in), as there. Every other row is a sum of r pivot rows; with
+        coefficients of variance 1 / r, uniform in +-sqrt(3 / r), its numbers have the variance of the pivot rows'.
+        The pivots become the first rows.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.w_pivot, -bound, bound)
+        bound_of_coeff = math.sqrt(3 / self.rank)
+        nn.init.uniform_(self.coeff, -bound_of_coeff, bound_of_coeff)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        with torch.no_grad():
+            torch.arange(self.rank, out=self.pivots)
+        # Which pivots a layer on the meta device will have is not known: it has a place for an order.
+        self.order = torch.empty(self.out_features, dtype=torch.int64, device="meta") if self.pivots.is_meta else None
 
     @classmethod
     def from_factors(cls, factors: PifaFactors, bias: Tensor | None = None, requires_grad: bool = True) -> "PifaLinear":
@@ -75,12 +106,32 @@ class PifaLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in], put together anew at each read, for code that asks for its dtype or values."""
-        rows = torch.cat((self.w_pivot, self.coeff @ self.w_pivot))
-        return rows if self.order is None else rows[self.order]
+        """The dense weight [out, in], read-only; put together no sooner than its values are read (`DenseWeight`).
+
+        Reading is differentiable with respect to `w_pivot` and `coeff`. Writes raise `WeightError`: change the factors.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed(self.w_pivot):
+            return put_together(self.w_pivot, self.coeff, self.order)  # in a graph, what nobody reads costs nothing
+        return DenseWeight.of_factors(self.w_pivot, self.coeff, self.order)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise WeightError(_not_settable(value))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module, but that there can be no parameter `weight`.
+
+        Raises:
+            WeightError: `name` is "weight".
+        """
+        if name == "weight":  # what `layer.weight = nn.Parameter(...)` calls
+            raise WeightError(_not_settable(param))
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if torch.jit.is_scripting():  # torch.jit.script knows the operator, but none of its overloads by name
+            return torch.ops.pifa.linear(x, self.w_pivot, self.coeff, self.order, self.bias)
         return linear(x, self.w_pivot, self.coeff, self.order, self.bias)
 
     def extra_repr(self) -> str:
@@ -94,3 +145,35 @@ class PifaLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if not self.pivots.is_meta:
             self.restore_order()
+
+
+def _check_shape(in_features: int, out_features: int, rank: int, dtype: torch.dtype | None) -> None:
+    sizes = {"in_features": in_features, "out_features": out_features, "rank": rank}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            kind = RankError if name == "rank" else ConfigError
+            raise kind(f"{name} of a PifaLinear must be an integer of 1 or more, got {size!r}")
+    if rank > min(in_features, out_features):
+        raise RankError(
+            f"a weight [{out_features}, {in_features}] has at most rank {min(in_features, out_features)}, got rank "
+            f"{rank}; PifaLinear takes in_features, out_features and rank in this order"
+        )
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        raise ConfigError(f"a PifaLinear holds floating-point parameters, got dtype {dtype}")
+
+
+def _not_settable(value: object) -> str:
+    what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return (
+        f"the weight of a PifaLinear cannot be set, {what} came: change w_pivot and coeff, make a layer of it by "
+        "PifaLinear.from_factors(factorize(weight)), or put an nn.Linear in this one's place"
+    )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether more is known of a tensor than its values: by torch.func, forward-mode gradients, or a fake mode."""
+    return (
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch.autograd.forward_ad._current_level >= 0
+        or type(tensor) not in (nn.Parameter, Tensor)
+    )

@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     | {"pretrained", "calibration", "perplexity", "smollm2"}
     | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients"},
     {"passes", "export"},
-    {"factors", "linear", "linears", "report", "errors", "output_place", "device"},
+    {"factors", "dense_weight", "linear", "linears", "report", "errors", "output_place", "device"},
     {"kernels"},
 )
 STRANGERS = {"passes", "export"}  # of one layer, and yet they never see each other
