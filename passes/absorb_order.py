@@ -8,31 +8,42 @@ order and W' has the columns of W in stored order, so nothing is left to undo wh
 the linears of an MLP; a residual add, RoPE or a norm in between mixes orders and keeps the gather.
 """
 
+import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
+from .effects import may_write
 from .rewrite import Rewrite, Skip
-from .weights import constant_at, store_tensor, tensor_at
+from .weights import constant_at, store_tensor, tensor_at, value_of
 
 aten, pifa = torch.ops.aten, torch.ops.pifa
 
 _LINEAR = (aten.linear.default, pifa.linear.default)
-# ATen operators say themselves that they are elementwise. These are functions and methods of torch, by name.
-_ELEMENTWISE = {
-    *("silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "hardswish"),
-    *("hardtanh", "hardsigmoid", "logsigmoid", "tanh", "sigmoid", "exp", "erf", "square", "sqrt", "abs", "neg"),
-    *("add", "sub", "mul", "truediv", "div", "pow", "clamp", "dropout", "float", "to", "type_as", "contiguous"),
+# ATen operators say themselves that they are elementwise. These are methods of tensors, and functions of torch by what
+# they are: another function of the same name may do anything.
+_METHODS = {
+    *("relu", "tanh", "sigmoid", "exp", "erf", "square", "sqrt", "abs", "neg", "add", "sub", "mul", "div", "pow"),
+    *("clamp", "float", "double", "half", "bfloat16", "to", "type_as", "contiguous"),
+}
+_FUNCTIONS = {
+    *(F.silu, F.gelu, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.mish, F.softplus, F.hardswish),
+    *(F.hardtanh, F.hardsigmoid, F.logsigmoid, F.tanh, F.sigmoid, F.dropout),
+    *(torch.relu, torch.selu, torch.celu, torch.tanh, torch.sigmoid, torch.exp, torch.erf, torch.square, torch.sqrt),
+    *(torch.abs, torch.neg, torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.clamp),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.abs),
 }
 _ELEMENTWISE_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh),
     *(nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout, nn.Identity),
 )
-_MOVES_NOTHING = (aten.dropout.default, aten.clone.default, aten._to_copy.default, aten.contiguous.default)
+_MOVES_NOTHING = (aten.clone.default, aten._to_copy.default, aten.contiguous.default)
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,9 @@ class AbsorbOrder(Rewrite):
         first = orders[0]
         if first is None or any(order is None or not torch.equal(order, first) for order in orders):
             return Skip("row order stays: outputs of other order meet it; factorize_jointly gives them one")
+        biases = [value_of(gm, source.args[4]) for source in site.sources if source.args[4] is not None]
+        if any(bias is None or bias.shape != first.shape for bias in biases):
+            return Skip("row order stays: a bias is not known to have one number for each output")
         for reader in site.readers:
             if constant_at(gm, reader.args[1]) is None:
                 return Skip(f"row order stays: the weight of {reader.name} behind it is no constant of the graph")
@@ -145,16 +159,25 @@ def _order_of(gm: GraphModule, source: Node) -> Tensor | None:
 def _is_elementwise(node: Node) -> bool:
     if node.op == "call_module" and node.graph.owning_module is not None:
         module = node.graph.owning_module.get_submodule(str(node.target))
-        return type(module) in _ELEMENTWISE_MODULES and not getattr(module, "inplace", False)
-    if node.op not in ("call_function", "call_method") or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return type(module) in _ELEMENTWISE_MODULES and not may_write(node) and not _draws(module)
+    if node.op not in ("call_function", "call_method") or may_write(node):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        target = node.target
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
         if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
             return _keeps_last_dimension(node)
-        return (torch.Tag.pointwise in target.tags or target in _MOVES_NOTHING) and not target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _ELEMENTWISE
+        if target is aten.dropout.default:
+            return node.args[2] is False
+        known = torch.Tag.pointwise in target.tags or target in _MOVES_NOTHING
+        return known and torch.Tag.nondeterministic_seeded not in target.tags
+    if target is F.dropout:
+        return inspect.signature(F.dropout).bind(*node.args, **node.kwargs).arguments.get("training") is False
+    return target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module draws a random number for every entry, which would go to another one in another order."""
+    return isinstance(module, nn.Dropout) and module.training
 
 
 def _keeps_last_dimension(node: Node) -> bool:
@@ -164,9 +187,7 @@ def _keeps_last_dimension(node: Node) -> bool:
 
 def _is_one_for_all(gm: GraphModule, operand: Node) -> bool:
     """Whether an operand is the same for all features of a token, so that their order does not matter to it."""
-    value = tensor_at(gm, operand)
-    if value is None:
-        value = operand.meta.get("val", operand.meta.get("example_value"))
-    if isinstance(value, Tensor):
-        return value.ndim == 0 or value.shape[-1] == 1
-    return value is not None
+    value = value_of(gm, operand)
+    if value is not None:
+        return value.ndim == 0 or bool(value.shape[-1] == 1)
+    return operand.meta.get("val", operand.meta.get("example_value")) is not None

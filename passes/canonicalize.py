@@ -4,7 +4,8 @@
     addmm(b, x, m)                            ->  aten.linear(x, t(m), b)      m [in, out], as in GPT-2
     mm(x, m), matmul(x, m), x @ m             ->  aten.linear(x, t(m))
 
-where m is a parameter, and transposes of a weight (`.t()`, `.T`, transpose, permute) are folded into at most one `t`.
+where m is a real floating-point parameter, and transposes of a weight (`.t()`, `.T`, `.H`, transpose, permute) are
+folded into at most one `t`. Calls with further arguments (`out=`, `out_dtype`) and tensors of subclasses stay.
 """
 
 import operator
@@ -17,8 +18,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from .effects import has_hooks, is_plain
 from .rewrite import Rewrite, Skip
-from .weights import tensor_at
+from .weights import SUBCLASS, is_subclass, tensor_at, value_of
 
 aten = torch.ops.aten
 
@@ -26,6 +28,7 @@ _LINEAR = (F.linear, aten.linear.default)
 _ADDMM = (torch.addmm, aten.addmm.default)
 _MATMUL = (torch.mm, torch.matmul, operator.matmul, aten.mm.default, aten.matmul.default)
 
+# Real matrices only: `H` and `adjoint` of complex ones conjugate as well.
 _SWAPS_ALWAYS = {
     *("t", "numpy_T", "mT", "adjoint"),
     *(torch.t, torch.adjoint, aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default),
@@ -64,12 +67,15 @@ class Canonicalize(Rewrite):
     def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
         """The operands of the linear."""
         if node.op == "call_module":
-            return self._match_module(gm, node)
-        if node.target in _LINEAR:
-            return self._match_linear(node)
-        if node.target in _ADDMM:
-            return self._match_addmm(gm, node)
-        return self._match_matmul(gm, node)
+            found = self._match_module(gm, node)
+        elif node.target in _LINEAR:
+            found = self._match_linear(gm, node)
+        elif node.target in _ADDMM:
+            found = self._match_addmm(gm, node)
+        else:
+            found = self._match_matmul(gm, node)
+        operands = [found.x, found.weight, found.bias] if isinstance(found, _Found) else []
+        return SUBCLASS if any(is_subclass(gm, operand) for operand in operands) else found
 
     def rewrite(self, gm: GraphModule, node: Node, found: _Found) -> Node:
         """Spells it the one way."""
@@ -85,14 +91,19 @@ class Canonicalize(Rewrite):
 
     def _match_module(self, gm: GraphModule, node: Node) -> _Found | Skip:
         module = gm.get_submodule(str(node.target))
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return Skip("module has hooks, which would no longer run")
-        x = _arguments(node, "input")[0]
-        return _Found(x, node, False, None)
+        if has_hooks(module):
+            return Skip("module has hooks or a forward of its own, which would no longer run")
+        if not (is_plain(module.weight) and (module.bias is None or is_plain(module.bias))):
+            return SUBCLASS
+        arguments = _arguments(node, "input")
+        return _Found(arguments[0], node, False, None) if arguments is not None else Skip(_FURTHER)
 
-    def _match_linear(self, node: Node) -> _Found | None:
-        x, weight, bias = _arguments(node, "input", "weight", "bias")
-        base, transposed = _fold_transposes(weight)
+    def _match_linear(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
+        arguments = _arguments(node, "input", "weight", "bias")
+        if arguments is None:
+            return Skip(_FURTHER)
+        x, weight, bias = arguments
+        base, transposed = _fold_transposes(gm, weight)
         plain = (x, weight) if bias is None else (x, weight, bias)
         folded = not transposed or (weight.target is aten.t.default and weight.args[0] is base)
         untouched = base is weight or (transposed and folded)
@@ -101,35 +112,55 @@ class Canonicalize(Rewrite):
         return _Found(x, base, transposed, bias)
 
     def _match_addmm(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
-        bias, x, matrix, beta, alpha = _arguments(node, "input", "mat1", "mat2", "beta", "alpha")
-        base, transposed = _fold_transposes(matrix)
-        if not _is_matrix(gm, base):
+        arguments = _arguments(node, "input", "mat1", "mat2", "beta", "alpha")
+        if arguments is None:
+            return Skip(_FURTHER)
+        bias, x, matrix, beta, alpha = arguments
+        base, transposed = _fold_transposes(gm, matrix)
+        if not _is_weight(gm, base):
             return None
         if beta not in (None, 1) or alpha not in (None, 1):
             return Skip(f"addmm scales its terms: beta={beta}, alpha={alpha}")
-        if _ndim(gm, bias) != 1:
+        rows = value_of(gm, base)
+        outputs = None if rows is None else rows.shape[0 if transposed else 1]
+        vector = value_of(gm, bias)
+        if vector is None or vector.ndim != 1 or vector.shape[0] != outputs:
             return Skip("addmm's first argument is not known to be a bias vector")
         return _Found(x, base, not transposed, bias)
 
-    def _match_matmul(self, gm: GraphModule, node: Node) -> _Found | None:
-        x, matrix = _arguments(node, "input", "mat2" if node.target in (torch.mm, aten.mm.default) else "other")
-        base, transposed = _fold_transposes(matrix)
-        return _Found(x, base, not transposed, None) if _is_matrix(gm, base) else None
+    def _match_matmul(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
+        arguments = _arguments(node, "input", "mat2" if node.target in (torch.mm, aten.mm.default) else "other")
+        if arguments is None:
+            return Skip(_FURTHER)
+        x, matrix = arguments
+        base, transposed = _fold_transposes(gm, matrix)
+        return _Found(x, base, not transposed, None) if isinstance(x, Node) and _is_weight(gm, base) else None
 
 
-def _arguments(node: Node, *names: str) -> list[Any]:
-    """The arguments called `names`, however they were passed; `self` is what aten calls `input`."""
-    kwargs = {"input" if key == "self" else key: value for key, value in node.kwargs.items()}
+_FURTHER = "the call has arguments that a linear does not have, such as out="
+
+
+def _arguments(node: Node, *names: str) -> list[Any] | None:
+    """The arguments called `names`, however they were passed, or None if there are others.
+
+    `self` is what aten calls `input`.
+    """
+    kwargs = {"input" if key == "self" else key: value for key, value in node.kwargs.items() if value is not None}
+    if len(node.args) > len(names) or not set(kwargs) <= set(names[len(node.args) :]):
+        return None
     return [node.args[i] if i < len(node.args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
-def _fold_transposes(weight: Node) -> tuple[Node, bool]:
-    """The node under a chain of transposes of a matrix, and whether they swap rows and columns."""
-    transposed = False
-    while isinstance(weight, Node) and (inner := _transposed_operand(weight)) is not None:
-        weight, swaps = inner
+def _fold_transposes(gm: GraphModule, weight: Node) -> tuple[Node, bool]:
+    """The node under a chain of transposes of a weight, and whether they swap rows and columns.
+
+    The node itself where what is below is not known to be a real matrix.
+    """
+    base, transposed = weight, False
+    while isinstance(base, Node) and (inner := _transposed_operand(base)) is not None:
+        base, swaps = inner
         transposed ^= swaps
-    return weight, transposed
+    return (base, transposed) if _is_weight(gm, base) else (weight, False)
 
 
 def _transposed_operand(node: Node) -> tuple[Node, bool] | None:
@@ -148,15 +179,6 @@ def _transposed_operand(node: Node) -> tuple[Node, bool] | None:
     return None
 
 
-def _is_matrix(gm: GraphModule, node: Any) -> bool:
+def _is_weight(gm: GraphModule, node: Any) -> bool:
     tensor = tensor_at(gm, node)
-    return tensor is not None and tensor.ndim == 2
-
-
-def _ndim(gm: GraphModule, node: Any) -> int | None:
-    if not isinstance(node, Node):
-        return None
-    value = tensor_at(gm, node)
-    if value is None:
-        value = node.meta.get("val", node.meta.get("example_value"))
-    return value.ndim if isinstance(value, torch.Tensor) else None
+    return tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()

@@ -10,7 +10,7 @@ from ..errors import RankError
 from ..factors import PifaFactors, factorize, numerical_rank, rank_for_density
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .rewrite import Rewrite, Skip
-from .weights import Weight, release, store_factors, weight_of
+from .weights import SUBCLASS, Weight, is_subclass, release, store_factors, weight_of
 
 aten = torch.ops.aten
 
@@ -38,6 +38,8 @@ class FactorizeLinear(Rewrite):
         weight = weight_of(gm, node.args[1])
         if isinstance(weight, Skip):
             return weight
+        if is_subclass(gm, node.args[0]):
+            return SUBCLASS
         if self.factors is None:
             # One weight may feed several linears, once as stored and once transposed.
             key = f"{weight.name} {list(weight.tensor.stride())}"

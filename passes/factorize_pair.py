@@ -6,8 +6,9 @@ from torch.fx import GraphModule, Node
 from ..errors import RankError
 from ..factors import PifaFactors, factorize, stored_numbers
 from ..kernels import linear as _registers_the_operator  # noqa: F401
+from .effects import writes_between
 from .rewrite import Rewrite, Skip
-from .weights import Weight, release, store_factors, weight_of
+from .weights import SUBCLASS, Weight, is_subclass, release, store_factors, weight_of
 
 aten = torch.ops.aten
 
@@ -29,6 +30,10 @@ class FactorizePair(Rewrite):
             return v
         if len(inner.users) > 1:
             return Skip("the value between the two linears has another user")
+        if is_subclass(gm, inner.args[0]):
+            return SUBCLASS
+        if writes_between(inner, node):  # to the input perhaps, which would be read later than before
+            return Skip("the graph may write in place between the two linears")
         if len(inner.args) > 2 and inner.args[2] is not None:
             return Skip("there is a bias between the two linears")
         if u.tensor.dtype is not v.tensor.dtype or u.tensor.device != v.tensor.device:

@@ -4,19 +4,18 @@
 body, is what every compiler sees where no other form is chosen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from ..kernels import linear_gemm
+from .effects import inside_transforms
 from .rewrite import Rewrite, Skip
-from .weights import tensor_at
+from .weights import SUBCLASS, is_subclass, value_of
 
 aten = torch.ops.aten
 
@@ -30,7 +29,7 @@ class Case:
         dtype: of the weights.
         d_in, d_out, rank: the shape of the linear.
         tokens: rows of x, or of the example that was traced where they vary; None if unknown.
-        result_dtype: of the result, another one than `dtype` under autocast; None if unknown.
+        other_dtypes: those of x, bias and result that are known and differ from `dtype`, as under autocast.
     """
 
     device: str
@@ -39,11 +38,13 @@ class Case:
     d_out: int
     rank: int
     tokens: int | None
-    result_dtype: torch.dtype | None = None
+    other_dtypes: frozenset[torch.dtype] = frozenset()
 
 
 Build = Callable[[GraphModule, Node], Node]
 """Builds a form in the graph from the arguments of the `pifa::linear` node and returns its result."""
+
+_MIXED = Skip("plain subgraph: inputs, bias or result are of another dtype than the weights, as under autocast")
 
 
 def choose_on_cpu(case: Case) -> Build | Skip:
@@ -52,8 +53,8 @@ def choose_on_cpu(case: Case) -> Build | Skip:
 
     if case.dtype not in linear_cpu.DTYPES:
         return Skip(f"plain subgraph: there is no native code for {case.dtype}")
-    if case.result_dtype not in (None, case.dtype):
-        return Skip("plain subgraph: under autocast the products are of another dtype than the weights")
+    if case.other_dtypes:
+        return _MIXED
     reason = linear_cpu.load()
     return build_cpu if reason is None else Skip(f"plain subgraph: {reason}")
 
@@ -77,8 +78,8 @@ def choose_on_gpu(case: Case) -> Build | Skip:
 
     if case.dtype not in linear_gemm.DTYPES:
         return Skip(f"plain subgraph: there is no form for {case.dtype} on GPUs")
-    if case.result_dtype not in (None, case.dtype):
-        return Skip("plain subgraph: under autocast the products are of another dtype than the weights")
+    if case.other_dtypes:
+        return _MIXED
     if case.tokens != 1 and not config.max_autotune:
         return build_gemm
     if find_spec("triton") is None:
@@ -128,11 +129,21 @@ class Lower(Rewrite):
     def __init__(self, *, gradients: bool = False, forms: Mapping[str, Callable[[Case], Build | Skip]] = FORMS) -> None:
         self.gradients = gradients
         self.forms = forms
+        self._transformed: set[Node] = set()
+
+    def candidates(self, gm: GraphModule) -> Iterable[Node]:
+        """Calls of `pifa::linear`."""
+        self._transformed = inside_transforms(gm.graph)
+        return super().candidates(gm)
 
     def match(self, gm: GraphModule, node: Node) -> Build | Skip:
         """The form to build."""
         if self.gradients:
             return Skip("plain subgraph: gradients are needed")
+        if node in self._transformed:  # the forms have no rules for batching and differentiation
+            return Skip("plain subgraph: it runs within a transform of torch.func")
+        if any(is_subclass(gm, operand) for operand in node.all_input_nodes):
+            return SUBCLASS
         case = _case(gm, node)
         if case is None:
             return Skip("plain subgraph: the shapes of the factors are unknown")
@@ -146,21 +157,19 @@ class Lower(Rewrite):
 
 
 def _case(gm: GraphModule, node: Node) -> Case | None:
-    w_pivot, coeff, result = (_value(gm, n) for n in (node.args[1], node.args[2], node))
+    x, w_pivot, coeff, _, bias = (value_of(gm, operand) for operand in node.args)
+    result = value_of(gm, node)
     if w_pivot is None or coeff is None:
         return None
     (rank, d_in), d_out = w_pivot.shape, w_pivot.shape[0] + coeff.shape[0]
-    tokens = None if result is None else _hint(result.numel()) // d_out
-    return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens, None if result is None else result.dtype)
+    numbers = None if result is None else _hint(result.numel())
+    others = {value.dtype for value in (x, coeff, bias, result) if value is not None} - {w_pivot.dtype}
+    tokens = None if numbers is None else numbers // d_out
+    return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens, frozenset(others))
 
 
-def _value(gm: GraphModule, node: Any) -> Tensor | None:
-    """A tensor of the node's shape, dtype and device: its own value, or the fake one that the capture left."""
-    value = tensor_at(gm, node)
-    if value is None:
-        value = node.meta.get("val", node.meta.get("example_value"))
-    return value if isinstance(value, Tensor) else None
-
-
-def _hint(number: int | torch.SymInt) -> int:
-    return int(number.node.hint) if isinstance(number, torch.SymInt) else number
+def _hint(number: int | torch.SymInt) -> int | None:
+    """The number, or the example's where it varies; None where it depends on values (`nonzero`) and has none."""
+    if not isinstance(number, torch.SymInt):
+        return number
+    return int(number.node.hint) if number.node.has_hint() else None

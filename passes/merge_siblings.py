@@ -15,8 +15,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..kernels import linear_cpu as _defines_the_operator  # noqa: F401
+from .effects import writes_between
 from .rewrite import Rewrite, Skip
-from .weights import writes
 
 pifa = torch.ops.pifa
 
@@ -35,10 +35,8 @@ class MergeSiblings(Rewrite):
         operands = {operand for sibling in siblings for operand in sibling.all_input_nodes[1:]}
         if any(operand.op not in ("get_attr", "placeholder") for operand in operands):
             return Skip("siblings stay apart: a weight is computed in the graph")
-        between = node
-        while (between := between.next) is not siblings[-1]:
-            if writes(between):
-                return Skip("siblings stay apart: the graph writes in place between them")
+        if writes_between(node, siblings[-1]):
+            return Skip("siblings stay apart: the graph may write in place between them")
         return siblings
 
     def rewrite(self, gm: GraphModule, node: Node, found: list[Node]) -> Node:

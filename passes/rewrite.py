@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..errors import PassError
+from .effects import remove_unread
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Rewrite(ABC):
 def run_passes(gm: GraphModule, passes: Iterable[Rewrite], *, strict: bool = False) -> list[Record]:
     """Runs `passes` over `gm` one after the other, in place, and says what happened at every node they looked at.
 
-    Dead nodes are removed and the graph is checked and recompiled after every pass.
+    What a rewrite leaves without a reader is removed if it has no effects (`effects.remove_unread`), and nothing else
+    is: a call that nobody reads may be there for what it writes. The graph is checked and recompiled after every pass.
 
     Raises:
         PassError: `strict` is set and a pass skipped a node; the passes before it have been applied.
@@ -85,16 +87,11 @@ def _run_pass(gm: GraphModule, rule: Rewrite, strict: bool) -> list[Record]:
         with gm.graph.inserting_before(node):
             new = rule.rewrite(gm, node, found)
         new.meta = {**node.meta, **new.meta}
+        operands = node.all_input_nodes
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+        remove_unread(gm.graph, operands)
         records.append(Record(name, node.name, new.name))
-    gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
     gm.graph.lint()
     gm.recompile()
     return records
-
-
-def _has_effects(node: Node) -> bool:
-    """Whether a node without users must stay. torch.fx does not know that methods such as `mul_` write in place."""
-    in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return in_place or node.is_impure()

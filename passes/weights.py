@@ -4,8 +4,7 @@ Captures hand weights over in three ways: as attributes of the graph module (`ge
 caller binds to real tensors (`bind_inputs`), or computed in the graph. Fake tensors are never read.
 """
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from ..factors import PifaFactors
+from .effects import is_plain, is_removable, may_write
 from .rewrite import Skip
 
 aten = torch.ops.aten
 
 COMPUTED = Skip("weight is computed in the graph")
-CHANGED = Skip("weight is changed in the graph")
+CHANGED = Skip("weight may be changed in the graph")
+SUBCLASS = Skip("a tensor is of a subclass, which computes in its own way")
 
-_BOUND, _WITHHELD = "pifa_bound", "pifa_withheld"
-_IN_PLACE_OPERATORS = {"setitem", *(n for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator))}
+_BOUND, _PASSED, _WITHHELD = "pifa_bound", "pifa_passed", "pifa_withheld"
 _USES_VALUES = (aten.linear.default, aten.embedding.default, F.embedding)
 
 
@@ -44,11 +44,16 @@ class Weight:
 
 
 def bind_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Tells passes which graph inputs are weights: the parameters and buffers among `example_inputs`."""
+    """Tells passes which graph inputs are weights: the parameters and buffers among `example_inputs`.
+
+    Other tensors are kept too, to see which of them lie in a weight's memory.
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=True):
         if _is_state(value):
             node.meta[_BOUND] = value
+        elif is_plain(value) and not isinstance(value, FakeTensor):
+            node.meta[_PASSED] = value
 
 
 def withhold(node: Node, reason: Skip) -> None:
@@ -59,8 +64,8 @@ def withhold(node: Node, reason: Skip) -> None:
 def unbind_inputs(gm: GraphModule) -> None:
     """Forgets what `bind_inputs` and `withhold` told, so that the graph keeps no weight alive."""
     for node in gm.graph.nodes:
-        node.meta.pop(_BOUND, None)
-        node.meta.pop(_WITHHELD, None)
+        for key in (_BOUND, _PASSED, _WITHHELD):
+            node.meta.pop(key, None)
 
 
 def linear_weights(gm: GraphModule) -> dict[Node, int]:
@@ -86,6 +91,20 @@ def tensor_at(gm: GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else None
 
 
+def value_of(gm: GraphModule, node: Any) -> Tensor | None:
+    """A tensor of a node's shape, dtype, device and type: its own value, or the fake one that the capture left."""
+    value = tensor_at(gm, node)
+    if value is None and isinstance(node, Node):
+        value = node.meta.get("val", node.meta.get("example_value"))
+    return value if isinstance(value, Tensor) else None
+
+
+def is_subclass(gm: GraphModule, node: Any) -> bool:
+    """Whether a node is known to stand for a tensor of a subclass, or for one that is not laid out in strides."""
+    value = value_of(gm, node)
+    return value is not None and not is_plain(value)
+
+
 def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
     """The weight that the second argument of a canonical linear stands for, or why it cannot be read."""
     transposed = isinstance(arg, Node) and arg.target is aten.t.default
@@ -93,12 +112,14 @@ def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
     tensor = tensor_at(gm, node)
     if tensor is None:
         return COMPUTED
-    if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
+    if not is_plain(tensor):
+        return SUBCLASS
+    if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.is_meta:
         return Skip(f"weight is not a floating-point matrix: {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
     withheld: Skip | None = node.meta.get(_WITHHELD)
     if withheld is not None:
         return withheld
-    if any(_is_written(reader) for reader in ([node] if node.op == "placeholder" else _readers(gm, node))):
+    if any(_is_written(other) for other in _sharing(gm, node, tensor)):
         return CHANGED
     values = tensor.detach()
     return Weight(str(node.target), values.t() if transposed else values, node)
@@ -133,14 +154,17 @@ def store_tensor(gm: GraphModule, name: str, suffix: str, value: Tensor) -> Node
 
 
 def _attribute_for(holder: nn.Module, stem: str, value: Tensor) -> str:
-    """Keeps `value` under the first of stem, stem_1, ... that is free or holds it: a weight may be used twice."""
+    """Keeps `value` under the first of stem, stem_1, ... that is free or stored by us and equal: weights are shared."""
+    stored: set[str] = holder.__dict__.setdefault("_pifa_stored", set())
     name, copies = stem, 0
-    while (kept := getattr(holder, name, None)) is not None:
-        if isinstance(kept, Tensor) and kept.dtype is value.dtype and torch.equal(kept, value):
+    while hasattr(holder, name):
+        kept = getattr(holder, name)
+        if name in stored and kept.dtype is value.dtype and torch.equal(kept, value):
             return name
         copies += 1
         name = f"{stem}_{copies}"
     holder.register_buffer(name, value)
+    stored.add(name)
     return name
 
 
@@ -149,8 +173,7 @@ def release(gm: GraphModule, node: Node) -> None:
     operands = node.all_input_nodes
     node.args, node.kwargs = (), {}
     for operand in operands:
-        removable = operand.op == "get_attr" or operand.target in (aten.t.default, aten.linear.default)
-        if operand.users or not removable:
+        if operand.users or not is_removable(operand):
             continue
         release(gm, operand)
         gm.graph.erase_node(operand)
@@ -166,21 +189,29 @@ def _readers(gm: GraphModule, node: Node) -> list[Node]:
     return [other for other in gm.graph.find_nodes(op="get_attr") if other.target == node.target]
 
 
-def writes(node: Node) -> bool:
-    """Whether a call may write to one of its operands, by its schema or by torch's custom of naming."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    schema = getattr(node.target, "_schema", None)
-    in_place: bool = schema.is_mutable if schema else (name.endswith("_") and not name.endswith("__"))
-    return node.op.startswith("call_") and (in_place or name in _IN_PLACE_OPERATORS or "out" in node.kwargs)
+def _sharing(gm: GraphModule, node: Node, tensor: Tensor) -> Iterator[Node]:
+    """The nodes that hold a tensor in the memory of `tensor`, which `node` holds."""
+    memory = tensor.untyped_storage()._cdata
+    for op in ("placeholder", "get_attr"):
+        for other in gm.graph.find_nodes(op=op):
+            held = other.meta.get(_PASSED) if (found := tensor_at(gm, other)) is None else found
+            if other is node or (held is not None and is_plain(held) and held.untyped_storage()._cdata == memory):
+                yield other
 
 
 def _is_written(node: Node) -> bool:
     """Whether the graph may write to what `node` holds, through itself or a view of it; wrong only on the safe side."""
-    return any(
-        writes(user) or _is_written(user)
-        for user in node.users
-        if user.op != "output" and user.target not in _USES_VALUES
-    )
+    seen, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if user in seen or user.op == "output":
+                continue
+            if may_write(user):
+                return True
+            seen.add(user)
+            if user.target not in _USES_VALUES:
+                pending.append(user)
+    return False
 
 
 def _is_state(value: Any) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import GraphModule
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -31,9 +31,10 @@ from .passes import (
     Skip,
     run_passes,
 )
+from .passes.effects import is_plain
 from .passes.factorize_linear import FULL_RANK
 from .passes.rewrite import Rewrite
-from .passes.weights import bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
+from .passes.weights import SUBCLASS, bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
 
 log = logging.getLogger(__name__)
 
@@ -161,14 +162,15 @@ class _Compiled:
 
     Dynamo shares one captured graph among all modules with the same code, such as the layers of a model compiled one by
     one, and it does not see when a weight's values change. So a call with other weights, or with changed ones, gets a
-    variant of its own, where those are looked at anew.
+    variant of its own, where those are looked at anew. Where no weight is rewritten the graph is compiled as it came.
+    Several threads may call at once: each runs the variant that it found, and only one of them compiles at a time.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: _Settings) -> None:
         self._settings = settings
         self._updated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shared: Callable[..., Any] | None = None
-        self._gm = _copy_module(gm)
+        self._captured, self._gm = _copy_module(gm), _copy_module(gm)
         self._fakes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
         bind_inputs(self._gm, example_inputs)
         self._record(run_passes(self._gm, [Canonicalize()]))
@@ -177,25 +179,32 @@ class _Compiled:
         self._variants = [self._current]
 
     def __call__(self, *args: Any) -> Any:
-        if not self._current.fits(args):
-            self._current = self._select(args)
-        return self._current.run(*args)
+        variant = self._current  # read once: another thread may put its own there
+        if not variant.fits(args):
+            variant = self._current = self._select(args)
+        return variant.run(*args)
 
     def _select(self, args: Sequence[Any]) -> _Variant:
-        for variant in self._variants:
-            if variant.fits(args):
-                return variant
+        from torch._dynamo.convert_frame import compile_lock
+
+        with compile_lock:
+            for variant in self._variants:
+                if variant.fits(args):
+                    return variant
+            return self._add_variant(args)
+
+    def _add_variant(self, args: Sequence[Any]) -> _Variant:
         for binding in [binding for variant in self._variants for binding in variant.bindings if binding.is_stale()]:
             self._fall_back(binding)
-        self._variants = [
-            variant for variant in self._variants if all(b.tensor() is not None for b in variant.bindings)
-        ]
-        self._variants = [variant for variant in self._variants if not any(b.is_stale() for b in variant.bindings)]
+        self._variants = [variant for variant in self._variants if variant.may_fit_again()]
         if len(self._variants) >= MAX_VARIANTS:
             reason = Skip(f"called with more than {MAX_VARIANTS} sets of weights; further ones stay as they are")
             self._warn("graph", reason)
-            return _Variant((), self._dense(args))
-        variant = self._build(args, self._example_inputs(args))
+            positions = [i for i, arg in enumerate(args) if isinstance(arg, nn.Parameter)]
+            bindings = tuple(_Binding(i, TensorWeakRef(args[i]), None) for i in positions)
+            variant = _Variant(bindings, self._dense(args))
+        else:
+            variant = self._build(args, self._example_inputs(args))
         self._variants.append(variant)
         return variant
 
@@ -223,7 +232,7 @@ class _Compiled:
         bindings = tuple(
             _Binding(position.get(node), TensorWeakRef(tensor), _state(tensor) if node in rewritten else None)
             for node, tensor in weights.items()
-            if node in rewritten or (node in position and self._reason_to_leave(tensor) is None)
+            if node in rewritten or (node in position and self._reason_to_leave(tensor) in (None, UPDATED))
         )
         if not rewritten:
             return _Variant(bindings, self._dense(args, example_inputs))
@@ -232,7 +241,7 @@ class _Compiled:
     def _dense(self, args: Sequence[Any], example_inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
         """The graph with no weight rewritten; one serves all weights."""
         if self._shared is None:
-            self._shared = self._compile(_copy_module(self._gm), example_inputs or self._example_inputs(args))
+            self._shared = self._compile(_copy_module(self._captured), example_inputs or self._example_inputs(args))
         return self._shared
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -245,9 +254,7 @@ class _Compiled:
         if sources is not None:
             for name in {**dict(gm.named_parameters()), **dict(gm.named_buffers())}:
                 sources.setdefault(name, SyntheticLocalSource(f"pifa_{name}"))
-        gradients = torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in example_inputs
-        )
+        gradients = _may_need_gradients(gm, example_inputs)
         with config.patch(dict(self._settings.inductor)):  # `Lower` reads max_autotune, as Inductor will
             records = run_passes(gm, [Lower(gradients=gradients), MergeSiblings()])
         self._record(records, fatal=False)
@@ -264,6 +271,8 @@ class _Compiled:
         return [arg if fake is None else fake for arg, fake in zip(args, self._fakes, strict=True)]
 
     def _reason_to_leave(self, tensor: Tensor) -> Skip | None:
+        if not is_plain(tensor):
+            return SUBCLASS
         if tensor.requires_grad:
             return REQUIRES_GRAD
         if tensor.is_inference():
@@ -299,6 +308,15 @@ class _Compiled:
 def _state(tensor: Tensor) -> tuple[int, int]:
     """What tells changed values: in-place writes count the version up, `tensor.data = other` moves the pointer."""
     return tensor._version, tensor.data_ptr()
+
+
+def _may_need_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether anything that a graph reads requires grad while gradients are, or may be switched, on."""
+    switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    if not torch.is_grad_enabled() and not any(node.args[:1] == (True,) for node in switches):
+        return False
+    read = [*example_inputs, *gm.parameters(), *gm.buffers()]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in read)
 
 
 def _copy_module(gm: GraphModule) -> GraphModule:
