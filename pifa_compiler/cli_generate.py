@@ -11,7 +11,11 @@ from torch import Tensor
 from .errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+
+_MOST_GRAPHS_IN_A_ROW = 4
+"""Steps that may each make a new graph before it is said that all will: the first do, for one reason or another."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,23 @@ def compile_step(model: "PreTrainedModel", backend: str) -> Callable[..., Any]:
     return torch.compile(model, backend=backend, dynamic=False)
 
 
+def static_cache(model: "PreTrainedModel", length: int) -> "StaticCache":
+    """A key/value cache of fixed size for `length` tokens, which one compiled graph serves at every token.
+
+    All layers keep all tokens, those of sliding attention too, whose masks hide what lies outside their window.
+    transformers' own sliding layers count tokens in a Python integer, which makes a graph of its own for every token.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if isinstance(layer, StaticSlidingWindowLayer) else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
 @torch.no_grad()
 def generate(
     model: "PreTrainedModel",
@@ -83,21 +104,18 @@ def generate(
 
     Raises:
         ConfigError: the model has no key/value cache.
-        CaptureError: `step` cannot be compiled.
+        CaptureError: `step` cannot be compiled, or not once for all tokens.
     """
     from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.utils import counters
     from torch._inductor.exc import InductorError
-    from transformers import StaticCache
 
-    cache: Any = None
-    if step is not None:
-        cache = StaticCache(
-            config=model.config.get_text_config(decoder=True), max_cache_len=prompt.shape[1] + max_new_tokens
-        )
+    cache: Any = None if step is None else static_cache(model, prompt.shape[1] + max_new_tokens)
     take_step: Callable[..., Any] = model if step is None else step  # a compiled module has no truth value
     ends = _end_tokens(model) if stop else set()
     tokens: list[int] = []
     step_seconds: list[float] = []
+    compiled_in_a_row = 0
     started = time.perf_counter()
     output = model(input_ids=prompt, past_key_values=cache, use_cache=True)
     cache = getattr(output, "past_key_values", None)
@@ -110,7 +128,7 @@ def generate(
             progress(len(tokens), max_new_tokens)
         if len(tokens) == max_new_tokens or tokens[-1] in ends:
             return Generated(tokens, time.perf_counter() - started, step_seconds)
-        before = time.perf_counter()
+        before, graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
             output = take_step(input_ids=newest, past_key_values=cache, use_cache=True)
         except (BackendCompilerFailed, InductorError) as error:
@@ -119,6 +137,12 @@ def generate(
                 f"torch.compile failed ({reason}); is there a C++ compiler? Or run without it"
             ) from error
         step_seconds.append(time.perf_counter() - before)
+        compiled_in_a_row = compiled_in_a_row + 1 if counters["stats"]["unique_graphs"] > graphs else 0
+        if compiled_in_a_row == _MOST_GRAPHS_IN_A_ROW:
+            raise CaptureError(
+                f"{type(model).__name__} compiles to a new graph for every token ({compiled_in_a_row} so far), which "
+                "takes longer than it saves; run without --compile"
+            )
 
 
 def _end_tokens(model: "PreTrainedModel") -> set[int]:
