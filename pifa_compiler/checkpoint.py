@@ -30,6 +30,7 @@ from torch import Tensor
 from .atomic_folder import atomic_folder, check_destination
 from .checkpoint_files import CONFIG, QUANT_METHOD, REPORT, check_folder
 from .errors import CheckpointError
+from .exchange import Exchange
 from .linear import PifaLinear
 from .report import Report
 
@@ -134,7 +135,7 @@ def load_pretrained(
     return model
 
 
-def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
+def describe(model: Any, report: Report | None = None, exchange: Exchange | None = None) -> dict[str, Any]:
     """Writes what a loader has to know into `model.config.quantization_config`, and returns it as plain values.
 
     After it, `model.save_pretrained(folder)` gives a folder that loads. Ranks and versions are taken from the model and
@@ -143,6 +144,7 @@ def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
     Args:
         model: a `PreTrainedModel` with `PifaLinear` layers; it shares its config with models built from the same one.
         report: what was done to it.
+        exchange: a block in which the model is being changed: what is written here is undone with the rest.
 
     Raises:
         CheckpointError: it is no Hugging Face model, has no layer in PIFA form, or is quantized otherwise.
@@ -173,7 +175,11 @@ def describe(model: Any, report: Report | None = None) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     )
-    attach(model, config)
+    if exchange is None:
+        with Exchange() as own:
+            attach(model, config, own)
+    else:
+        attach(model, config, exchange)
     settings: dict[str, Any] = config.to_dict()
     return settings
 
@@ -193,11 +199,11 @@ def refuse_other_quantization(model: Any) -> None:
         )
 
 
-def describe_if_pretrained(model: Any, report: Report) -> None:
+def describe_if_pretrained(model: Any, report: Report, exchange: Exchange) -> None:
     """Calls `describe` where there is something to describe: a Hugging Face model with layers in PIFA form."""
     pretrained = hasattr(model, "config") and hasattr(model, "save_pretrained")
     if pretrained and any(isinstance(layer, PifaLinear) for layer in model.modules()):
-        describe(model, report)
+        describe(model, report, exchange)
 
 
 def add_guard(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:

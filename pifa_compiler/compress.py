@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from . import reconstruct
-from .absorb import absorb_orders, layer_sites
+from .absorb import LayerSite, absorb_orders, enclosed_sites, layer_sites
 from .allocators import ALLOCATORS, Budget
 from .capture import Batch, Captured, capture
 from .checkpoint import describe_if_pretrained, refuse_other_quantization
-from .errors import CalibrationError, ConfigError, RankError
+from .enclosure import Enclosure
+from .errors import CalibrationError, ConfigError, DerivativeError, RankError
+from .exchange import Exchange
+from .exchangeable import Exchangeable
 from .factors import PifaFactors, Pivoting
 from .group_solver import GroupSolver
-from .linears import count_numbers, is_plain_linear, linears_in_order, module_at, replace_linear, weight_name
+from .linears import count_numbers, is_plain_linear, layer_of, linears_in_order, module_at, weight_name
+from .numerics import own_numerics
 from .output_gradients import DenseStatistics, dense_statistics, find_predictions
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .report import LayerReport, Report
@@ -91,6 +95,7 @@ def _check_number(name: str, value: object, interval: str, allowed: Callable[[fl
         raise ConfigError(f"{name} must be a number {interval}, got {value!r}")
 
 
+@own_numerics()
 def compress(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -130,9 +135,10 @@ def compress(
     _check_token_ids(model, calls)
     _check_weights(model)
     captured = capture(model, calls)
-    found, skipped = find_linears(model, captured.graph, config.skip, config.ranks)
+    exchangeable = Exchangeable(model, captured.graph)
+    found, skipped = find_linears(model, captured.graph, config.skip, config.ranks, exchangeable)
     report = Report(config.method, config.density, params_before=count_numbers(model))
-    sites = layer_sites(captured.graph)
+    sites, ordered = enclosed_sites(layer_sites(captured.graph), exchangeable, Enclosure(model))
     meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
     method = reconstruct.METHODS[config.method]
     allocator = config.allocator or method.allocator
@@ -155,6 +161,7 @@ def compress(
         if target.reason is not None:
             shape = (target.weight.shape[0], target.weight.shape[1])
             layers[target.name] = LayerReport.of_skip(target.name, shape, target.reason, target=True)
+    factors: dict[str, PifaFactors] = {}
     active = [node for node, target in targets.items() if target.rank is not None]
     if active:
         settings = reconstruct.Settings(config.mix, config.damping, config.gradient_damping)
@@ -168,18 +175,29 @@ def compress(
             sweep.run(solver.solve, progress)
             report.activation_bytes = sweep.peak_bytes
         layers.update(solver.layers)
-        _replace(model, {weight_name(node): factors for node, factors in solver.factors.items()})
-        for name, readers in absorb_orders(model, sites).items():
-            note = f"row order absorbed by {readers}"
-            layers[name] = replace(layers[name], notes=(*layers[name].notes, note))
+        factors = {weight_name(node): found for node, found in solver.factors.items()}
     order = {name: index for index, name in enumerate(linears_in_order(captured.graph))}
+    new, absorbed = _new_layers(model, factors, sites)
+    for name, layer in layers.items():
+        notes = [f"row order absorbed by {absorbed[name]}"] if name in absorbed else []
+        if name in ordered and layer.rank is not None:
+            notes = [ordered[name]]
+        layers[name] = replace(layer, notes=(*layer.notes, *notes))
     report.layers = sorted(layers.values(), key=lambda layer: order.get(layer.name, len(order)))
-    report.params_after = count_numbers(model)
-    report.seconds = time.perf_counter() - started
-    describe_if_pretrained(model, report)
-    return report
+    with Exchange() as exchange:
+        if new is None and isinstance(model, GraphModule):
+            exchange.graph(model)
+            run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
+        for name, layer in (new or {}).items():
+            exchange.module(model, name, layer)
+        report.params_after = count_numbers(model)
+        report.describe_rest(model, (*measured.notes, *captured.masks.notes()))
+        describe_if_pretrained(model, report, exchange)
+        report.seconds = time.perf_counter() - started
+        return report
 
 
+@own_numerics()
 def measure(
     model: nn.Module, batches: Iterable[Batch], *, gradients: bool = True, progress: Progress | None = None
 ) -> DenseStatistics:
@@ -192,9 +210,14 @@ def measure(
     Raises:
         CaptureError, CalibrationError: as in `compress`.
     """
-    captured = capture(model, list(batches))
+    calls = list(batches)
+    _check_token_ids(model, calls)
+    captured = capture(model, calls)
     found, _ = find_linears(model, captured.graph, (), {})
-    return _measure(captured, list(found), CompressConfig(gradients=gradients), progress)
+    statistics = _statistics(captured, list(found), progress, gradients=gradients)
+    if not gradients:
+        statistics.no_gradients = "the statistics given were measured with gradients=False"
+    return statistics
 
 
 def _needed(config: CompressConfig, given: DenseStatistics | None) -> DenseStatistics | None:
@@ -215,38 +238,58 @@ def _measure(
     *,
     for_ranks: bool = False,
 ) -> DenseStatistics:
+    gradients = reconstruct.METHODS[config.method].gradients and config.gradients
+    return _statistics(captured, nodes, progress, gradients=gradients, for_ranks=for_ranks)
+
+
+def _statistics(
+    captured: Captured, nodes: Sequence[Node], progress: Progress | None, *, gradients: bool, for_ranks: bool = False
+) -> DenseStatistics:
+    """Sums at the inputs of `nodes`, and at their outputs if `gradients` are wanted and the model has them."""
     statistics = DenseStatistics()
-    if reconstruct.METHODS[config.method].gradients and config.gradients:
+    if gradients:
         predictions = find_predictions(captured)
-        if not isinstance(predictions, str):
-            return dense_statistics(captured, nodes, predictions, progress, for_ranks=for_ranks)
-        statistics.no_gradients = predictions
+        if isinstance(predictions, str):
+            statistics.no_gradients = predictions
+        else:
+            try:
+                statistics = dense_statistics(captured, nodes, predictions, progress, for_ranks=for_ranks)
+            except DerivativeError as error:
+                statistics.no_gradients = str(error)
 
     def keep(group: Group, sums: reconstruct.Statistics) -> dict[Node, PifaFactors]:
         names = [weight_name(node) for node in group.members]
         statistics.gram.update(dict.fromkeys(names, sums.gram.float()))
         statistics.sum_abs.update(dict.fromkeys(names, (sums.mean_abs * sums.tokens).float()))
-        statistics.tokens = sums.tokens
+        statistics.tokens.update(dict.fromkeys(names, sums.tokens))
         return {}
 
     def tell(done: int, total: int, what: str) -> None:
         if progress is not None:
             progress(done, total, f"dense model: {what}")
 
-    Sweep(captured, nodes, flows="dense").run(keep, tell)
+    unknown = [node for node in nodes if weight_name(node) not in statistics.gram]
+    if unknown:  # all of them without gradients, otherwise those that the predictions do not depend on
+        Sweep(captured, unknown, flows="dense").run(keep, tell)
+    statistics.notes = (*statistics.notes, *captured.masks.notes())
     return statistics
 
 
 def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
     if not calls:
         raise CalibrationError("at least one calibration batch is needed, none came")
-    embed: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    embedding = embed() if callable(embed) else None
-    if not isinstance(embedding, nn.Embedding):
+    embedding = _input_embedding(model)
+    if embedding is None:
         return
     for call in calls:
-        ids = call.get("input_ids") if isinstance(call, Mapping) else call if isinstance(call, Tensor) else None
-        if ids is None or ids.is_floating_point() or ids.numel() == 0:
+        ids = (
+            call.get("input_ids")
+            if isinstance(call, Mapping)
+            else call
+            if isinstance(call, Tensor)
+            else next(iter(call))
+        )
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.numel() == 0:
             continue
         if int(ids.max()) >= embedding.num_embeddings or int(ids.min()) < 0:
             raise CalibrationError(
@@ -255,17 +298,35 @@ def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
             )
 
 
+def _input_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The embedding that a Hugging Face model's token ids go into, if it says so."""
+    embed: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
+    if not callable(embed):
+        return None
+    try:
+        found = embed()
+    except NotImplementedError:  # what transformers says of models of several inputs, or of none that are tokens
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise RankError(f"weight {name} {list(parameter.shape)} holds NaN or Inf; repair it before compressing")
 
 
-def _replace(model: nn.Module, factors: Mapping[str, PifaFactors]) -> None:
-    """Puts PIFA layers where the weights named by `factors` were."""
+def _new_layers(
+    model: nn.Module, factors: Mapping[str, PifaFactors], sites: Iterable[LayerSite]
+) -> tuple[dict[str, nn.Module] | None, dict[str, str]]:
+    """The layers to put into the model, by name, and which of them absorbed the row orders of which.
+
+    None where it is no layers: the graph that `model` is reads the weights itself, and is rewritten.
+    """
     names = {weight: weight.removesuffix(".weight") for weight in factors}
     if isinstance(model, GraphModule) and not all(is_plain_linear(module_at(model, name)) for name in names.values()):
-        run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
-        return
-    for weight, found in factors.items():
-        replace_linear(model, names[weight], found)
+        return None, {}
+    layers: dict[str, nn.Module] = {
+        names[weight]: layer_of(found, model.get_submodule(names[weight])) for weight, found in factors.items()
+    }
+    return layers, absorb_orders(model, sites, layers)

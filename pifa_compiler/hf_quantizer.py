@@ -25,6 +25,7 @@ from .checkpoint_files import (
     refuse_pickles,
 )
 from .errors import CheckpointError
+from .exchange import Exchange
 from .linear import PifaLinear
 
 Tensors = dict[str, Any]
@@ -164,15 +165,15 @@ class PifaHfQuantizer(HfQuantizer):
         return True
 
 
-def attach(model: Any, config: PifaConfig) -> None:
+def attach(model: Any, config: PifaConfig, exchange: Exchange) -> None:
     """Leaves a compressed model as `from_pretrained` would: `model.save_pretrained` then writes a loadable folder."""
-    model.config.quantization_config = config
-    model.hf_quantizer = PifaHfQuantizer(config)
-    model.quantization_method = config.quant_method
-    for module in model.modules():
-        if hasattr(module, "config"):
-            # Flash attention then asks the config for the dtype, not the first nn.Linear, which may be gone.
-            module.config._is_quantized = True
+    exchange.attribute(model.config, "quantization_config", config)
+    exchange.attribute(model, "hf_quantizer", PifaHfQuantizer(config))
+    exchange.attribute(model, "quantization_method", config.quant_method)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for own in configs.values():
+        # Flash attention then asks the config for the dtype, not the first nn.Linear, which may be gone.
+        exchange.attribute(own, "_is_quantized", True)
 
 
 def _place_of(saved_name: str, model: Any) -> str | None:

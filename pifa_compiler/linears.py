@@ -1,6 +1,7 @@
 """The linear layers of a model: where they are, in modules and in captured graphs, and how one is replaced."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +9,19 @@ from torch.fx import GraphModule, Node
 
 from .factors import PifaFactors
 from .linear import PifaLinear
+from .linear_proof import computes_linear
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear layer and nothing else: `nn.Linear` itself, or the [in, out] `Conv1D` of GPT-2.
+    """Whether a module is a linear layer and nothing else.
 
-    Subclasses do more (adapters, quantized weights), or have their weight read by others (`nn.MultiheadAttention`).
+    That is `nn.Linear` itself, the [in, out] `Conv1D` of GPT-2, and a subclass of `nn.Linear` whose code is shown to
+    compute the same (`computes_linear`; Falcon has one). Other subclasses do more: adapters, quantized weights.
     """
-    return type(module) is nn.Linear or _is_conv1d(module)
+    return type(module) is nn.Linear or _is_conv1d(module) or (module is not None and computes_linear(module))
+
+
+_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), *vars(PifaLinear(1, 1, 1, device="meta")), "nx", "nf"}
 
 
 def _is_conv1d(module: nn.Module | None) -> bool:
@@ -31,13 +37,29 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach().T if _is_conv1d(module) else weight.detach()
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias [out] of a linear layer, dense or in PIFA form: the parameter itself, or None."""
+    bias = module.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
+def layer_of(factors: PifaFactors, dense: nn.Module) -> PifaLinear:
+    """A `PifaLinear` for the place of a plain linear layer; the bias and what was set on the layer go along."""
+    weight = dense.weight
+    trainable = isinstance(weight, Tensor) and weight.requires_grad
+    layer = PifaLinear.from_factors(factors, bias_of(dense), trainable).train(dense.training)
+    vars(layer).update({key: value for key, value in attributes_of_its_own(dense).items() if key not in vars(layer)})
+    return layer
+
+
+def attributes_of_its_own(layer: nn.Module) -> dict[str, Any]:
+    """What was set on a linear layer beyond what every such layer has."""
+    return {key: value for key, value in vars(layer).items() if key not in _ATTRIBUTES}
+
+
 def replace_linear(model: nn.Module, name: str, factors: PifaFactors) -> None:
     """Puts a `PifaLinear` where the plain linear layer `name` of `model` is; its bias stays the same parameter."""
-    dense = model.get_submodule(name)
-    bias, weight = dense.bias, dense.weight
-    trainable = isinstance(weight, Tensor) and weight.requires_grad
-    layer = PifaLinear.from_factors(factors, bias if isinstance(bias, Tensor) else None, trainable)
-    model.set_submodule(name, layer.train(dense.training))
+    model.set_submodule(name, layer_of(factors, model.get_submodule(name)))
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:
@@ -48,11 +70,17 @@ def module_at(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def embedding_storages(model: nn.Module) -> set[int]:
-    """Addresses of the storages that embeddings read: a linear whose weight lies there is tied to one."""
-    return {
-        module.weight.untyped_storage().data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+def storage_of(tensor: Tensor) -> tuple[str, int]:
+    """What is the same for tensors that share memory."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return "object", id(tensor)  # a subclass need not have memory of its own
+    storage = tensor.untyped_storage()
+    return str(tensor.device), storage.data_ptr() or storage._cdata
+
+
+def embedding_storages(model: nn.Module) -> set[tuple[str, int]]:
+    """What `storage_of` says of the weights that embeddings read: a linear whose weight lies there is tied to one."""
+    return {storage_of(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def count_numbers(model: nn.Module) -> int:
@@ -62,11 +90,11 @@ def count_numbers(model: nn.Module) -> int:
 
 
 def weight_name(node: Node) -> str:
-    """State-dict name of a linear node's weight."""
+    """State-dict name of a linear node's weight; the name of the node that computes it, if one does."""
     weight = node.args[1]
-    while isinstance(weight, Node) and weight.op != "get_attr":
+    if isinstance(weight, Node) and weight.target is torch.ops.aten.t.default:
         weight = weight.args[0]
-    return str(weight.target) if isinstance(weight, Node) else str(weight)
+    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else str(weight)
 
 
 def is_transposed(node: Node) -> bool:

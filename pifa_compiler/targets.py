@@ -10,12 +10,15 @@ from torch.fx import GraphModule, Node
 
 from .allocators import ALLOCATORS, Budget, Layer
 from .errors import CaptureError, ConfigError, RankError
+from .exchangeable import Exchangeable, caller_of, readers_of
 from .factors import stored_numbers
+from .graph_run import ancestors
 from .linears import (
     embedding_storages,
     is_plain_linear,
     is_transposed,
     module_at,
+    storage_of,
     uses_of_weights,
     weight_name,
     weight_of,
@@ -41,44 +44,56 @@ class Target:
 
 
 def find_linears(
-    model: nn.Module, graph: GraphModule, skip: Sequence[str], ranks: Mapping[str, int]
+    model: nn.Module,
+    graph: GraphModule,
+    skip: Sequence[str],
+    ranks: Mapping[str, int],
+    exchangeable: Exchangeable | None = None,
 ) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
-    """The linears to compress with their names and weights [out, in], and reports of those to leave alone."""
+    """The linears to compress with their names and weights [out, in], and reports of those to leave alone.
+
+    Raises:
+        CaptureError: there are no linears, or none that may be compressed.
+        ConfigError: a pattern matches none.
+    """
     nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     if not nodes:
         raise CaptureError(f"{type(model).__name__} has no dense linear layers left to compress")
+    exchangeable = Exchangeable(model, graph) if exchangeable is None else exchangeable
     uses = uses_of_weights(graph)
     parameters = dict(graph.named_parameters(remove_duplicate=False))
     embedded = embedding_storages(model)
-    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    output = head() if callable(head) else None
+    output = _output_head(model)
     found: dict[Node, tuple[str, Tensor]] = {}
     reports: dict[str, LayerReport] = {}
     patterns = set(skip)
     for node in nodes:
         full_name = weight_name(node)
-        name = full_name.removesuffix(".weight")
         parameter = parameters.get(full_name)
         if parameter is None:
+            for report in _of_computed_weight(model, node, parameters):
+                reports[report.name] = report
             continue
+        name = full_name.removesuffix(".weight")
         weight = parameter.detach().T if is_transposed(node) else parameter.detach()
-        owner = module_at(model, name)
         matched = [pattern for pattern in skip if fnmatchcase(name, pattern)]
         patterns -= set(matched)
-        if weight.untyped_storage().data_ptr() in embedded:
-            reason = "weight is tied to an embedding"
-        elif output is not None and owner is output:
+        if storage_of(parameter) in embedded:
+            reason: str | None = "weight is tied to an embedding"
+        elif output is not None and module_at(model, name) is output:
             reason = "output head"
         elif matched:
             reason = f"skipped by pattern {matched[0]!r}"
         elif uses[full_name] > 1:
             reason = f"weight is used by {uses[full_name]} linears"
-        elif not isinstance(model, GraphModule) and not is_plain_linear(owner):
-            reason = f"weight belongs to a {type(owner).__name__}, not to a plain linear layer"
         else:
+            reason = _why_left(model, graph, node, full_name, exchangeable)
+        if reason is None:
             found[node] = (name, weight)
-            continue
-        reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+        else:
+            reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+    # A weight that another is computed from stays too.
+    found = {node: linear for node, linear in found.items() if linear[0] not in reports}
     for name, module in model.named_modules():
         seen = name in reports or any(name == known for known, _ in found.values())
         if is_plain_linear(module) and not seen:
@@ -90,8 +105,54 @@ def find_linears(
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
         raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
     if not found:
-        raise CaptureError("every linear of the model is skipped; nothing is left to compress")
+        reasons = ", ".join(sorted({str(report.skipped) for report in reports.values()}))
+        raise CaptureError(f"every linear of the model is skipped; nothing is left to compress: {reasons}")
     return found, list(reports.values())
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that a Hugging Face model says its outputs come from; None if it says nothing."""
+    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    try:
+        return head() if callable(head) else None
+    except (NotImplementedError, AttributeError):  # how models of other kinds say that they have none
+        return None
+
+
+def _why_left(
+    model: nn.Module, graph: GraphModule, node: Node, full_name: str, exchangeable: Exchangeable
+) -> str | None:
+    """Why the layer that owns a weight cannot be exchanged; None if it can."""
+    owner_name, _, attribute = full_name.rpartition(".")
+    owner = module_at(model, owner_name)
+    if owner is None:
+        return f"{full_name} is no parameter of a module of the model"
+    if isinstance(model, GraphModule) and not is_plain_linear(owner):
+        # The graph itself reads the weight: it is rewritten, whoever holds the parameter.
+        others = [reader for reader in readers_of(graph, full_name) if reader is not node]
+        return f"weight is read by {others[0].name} too" if others else exchangeable.why_tied(full_name)
+    if attribute != "weight" or not (is_plain_linear(owner) or isinstance(owner, nn.Linear)):
+        kind = type(owner).__name__
+        return f"weight is a parameter of {kind} itself, not of a linear layer; put it into an nn.Linear"
+    return exchangeable.why_not(owner_name)
+
+
+def _of_computed_weight(model: nn.Module, node: Node, parameters: Mapping[str, nn.Parameter]) -> list[LayerReport]:
+    """Reports of the layers whose parameters a linear's weight is computed from."""
+    weight = node.args[1]
+    if not isinstance(weight, Node) or weight.op in ("placeholder", "get_attr"):
+        return []  # given to the model, or a buffer
+    shape = weight.meta["val"].shape
+    operators = str(weight.target).rpartition("aten.")[2].partition(".")[0]
+    where, _ = caller_of(node)
+    sources = [str(other.target) for other in ancestors(weight) if other.op == "get_attr"]
+    names = [name for name in dict.fromkeys(sources) if name in parameters]
+    reason = f"weight is computed from {', '.join(names)} by {operators}"
+    if isinstance(module_at(model, where), nn.Linear):
+        layers = [where]
+    else:
+        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")] or names
+    return [LayerReport.of_skip(name, (int(shape[0]), int(shape[1])), reason, target=False) for name in layers]
 
 
 def give_ranks(

@@ -17,12 +17,13 @@ LAYERS: tuple[set[str], ...] = (
     {"bench_layer", "bench_model", "bench_onnx", "bench_rows", "bench_timing", "compare"},
     {"compress", "compact", "backend"},
     {"absorb", "group_solver", "targets"},
-    {"capture", "sweep", "reconstruct", "hf_quantizer", "registration", "pruning"}
+    {"capture", "sweep", "reconstruct", "hf_quantizer", "registration", "pruning", "pairs"}
     | {"checkpoint", "checkpoint_files", "atomic_folder"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
-    | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients"},
+    | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients", "token_masks"},
     {"passes", "export"},
-    {"factors", "dense_weight", "linear", "linears", "report", "errors", "output_place", "device"},
+    {"factors", "dense_weight", "linear", "linears", "report", "errors", "output_place", "device", "numerics"}
+    | {"linear_proof", "exchange", "exchangeable", "module_code", "enclosure", "enclosed_window"},
     {"kernels"},
 )
 STRANGERS = {"passes", "export"}  # of one layer, and yet they never see each other
