@@ -95,8 +95,8 @@ class Enclosure:
         if not naming:
             return f"the code of {_called(place, parent)} does not name them"
         if naming[0] not in own or len(naming) > 1:
-            other = next(function for function in naming if function is not naming[0] or function not in own)
-            return f"{other.__qualname__} uses {_list(sorted(self._names(other, names)))} too"
+            users = " and ".join(sorted(function.__qualname__ for function in naming[:2]))
+            return f"{users} use {_list(sorted(set().union(*(self._names(function, names) for function in naming))))}"
         unknown = self._why_reaches((*own, *around))
         if unknown is not None:
             return unknown

@@ -15,7 +15,7 @@ _BUILDERS = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_
 """Functions that run before a model is used, or print it; what a model computes does not come from them."""
 
 _FRAMEWORK = (
-    *("builtins", "abc", "typing", "collections", "torch.nn.modules.module", "torch.nn.modules.container"),
+    *("abc", "typing", "torch.nn.modules.module", "torch.nn.modules.container"),
     *("torch.fx.graph_module", "transformers.modeling_utils", "transformers.generation", "transformers.integrations"),
     *("transformers.utils", "transformers.core_model_loading", "transformers.modeling_layers", "huggingface_hub"),
     "transformers.distributed",
@@ -29,20 +29,29 @@ class ModuleCode:
     """The functions of modules, read once for each class."""
 
     def __init__(self) -> None:
-        self._of_class: dict[type, list[FunctionType]] = {}
+        self._of_class: dict[type, dict[str, list[FunctionType]]] = {}
         self._words: dict[CodeType, frozenset[str]] = {}
         self._trees: dict[FunctionType, ast.FunctionDef | None] = {}
 
     def functions(self, module: nn.Module) -> list[FunctionType]:
         """What the module's class and its bases define, and functions that were set on the module itself."""
-        found: list[FunctionType] = []
+        found = list(_functions(value for key, value in vars(module).items() if key not in _TABLES))
+        overridden: list[tuple[type, list[FunctionType]]] = []
+        known: set[str] = set()
         for base in type(module).__mro__:
             if base not in self._of_class:
-                framework = _is_framework(base)
-                parts = [] if framework else [part for name, part in vars(base).items() if name not in _BUILDERS]
-                self._of_class[base] = list(_functions(parts))
-            found += self._of_class[base]
-        found += _functions(value for key, value in vars(module).items() if key not in _TABLES)
+                parts = {} if _is_framework(base) else vars(base)
+                self._of_class[base] = {name: list(_functions([part])) for name, part in parts.items()}
+            for name, functions in self._of_class[base].items():
+                if name in known:
+                    overridden.append((base, functions))
+                elif name not in _BUILDERS:
+                    found += functions
+            known |= vars(base).keys()
+        words = frozenset().union(*map(self.words, found))
+        for base, functions in overridden:
+            if words & {"super", base.__name__}:  # nobody else can call it
+                found += functions
         return list(dict.fromkeys(found))
 
     def helpers(self, functions: Iterable[FunctionType]) -> list[FunctionType]:
