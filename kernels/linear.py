@@ -22,7 +22,10 @@ def _linear_body(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None
     y_pivot = dense_linear(x, w_pivot)
     y = torch.cat((y_pivot, dense_linear(y_pivot, coeff)), dim=-1)
     if order is not None:
-        y = y.index_select(-1, order)
+        # Within a transform of torch.func Inductor miscompiles the gradient of `index_select` when it is batched
+        # (torch 2.13: jacrev of it alone), and not that of an index. Elsewhere `index_select` is faster.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        y = y[..., order] if transformed else y.index_select(-1, order)
     # Under autocast y is of a half precision and the bias is not; a dense layer returns the half precision.
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -54,6 +54,7 @@ class Canonicalize(Rewrite):
     """Every spelling of a linear -> aten.linear.default(x, weight[, bias]), weight [out, in]."""
 
     targets = (*_LINEAR, *_ADDMM, *_MATMUL)
+    works_in_transforms = True  # it names the operator that the call ends in
 
     def candidates(self, gm: GraphModule) -> Iterable[Node]:
         """Calls of `targets`, and calls of `nn.Linear` modules."""

@@ -4,7 +4,7 @@
 body, is what every compiler sees where no other form is chosen.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from ..kernels import linear_gemm
-from .effects import inside_transforms
 from .rewrite import Rewrite, Skip
 from .weights import SUBCLASS, is_subclass, value_of
 
@@ -129,19 +128,11 @@ class Lower(Rewrite):
     def __init__(self, *, gradients: bool = False, forms: Mapping[str, Callable[[Case], Build | Skip]] = FORMS) -> None:
         self.gradients = gradients
         self.forms = forms
-        self._transformed: set[Node] = set()
-
-    def candidates(self, gm: GraphModule) -> Iterable[Node]:
-        """Calls of `pifa::linear`."""
-        self._transformed = inside_transforms(gm.graph)
-        return super().candidates(gm)
 
     def match(self, gm: GraphModule, node: Node) -> Build | Skip:
         """The form to build."""
         if self.gradients:
             return Skip("plain subgraph: gradients are needed")
-        if node in self._transformed:  # the forms have no rules for batching and differentiation
-            return Skip("plain subgraph: it runs within a transform of torch.func")
         if any(is_subclass(gm, operand) for operand in node.all_input_nodes):
             return SUBCLASS
         case = _case(gm, node)

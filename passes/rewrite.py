@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..errors import PassError
-from .effects import remove_unread
+from .effects import inside_transforms, remove_unread
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class Skip:
     """A node that a pass looked at and left alone, and why."""
 
     reason: str
+
+
+TRANSFORMED = Skip("it runs within a transform of torch.func")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Rewrite(ABC):
     """
 
     targets: Sequence[Callable[..., Any]] = ()
+    works_in_transforms = False
+    """Whether what it builds is safe within a transform of `torch.func`, where values are batched or differentiated."""
 
     def candidates(self, gm: GraphModule) -> Iterable[Node]:
         """The nodes to look at: calls of `targets`."""
@@ -73,12 +78,15 @@ def run_passes(gm: GraphModule, passes: Iterable[Rewrite], *, strict: bool = Fal
 def _run_pass(gm: GraphModule, rule: Rewrite, strict: bool) -> list[Record]:
     name = type(rule).__name__
     records = []
+    transformed = set() if rule.works_in_transforms else inside_transforms(gm.graph)
     for node in list(rule.candidates(gm)):
         if node.graph is not gm.graph or node._erased:
             continue
         found = rule.match(gm, node)
         if found is None:
             continue
+        if node in transformed and not isinstance(found, Skip):
+            found = TRANSFORMED
         if isinstance(found, Skip):
             if strict:
                 raise PassError(f"{name} skipped {node.name}: {found.reason}; run without strict=True to go on")

@@ -2,15 +2,18 @@ import copy
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from graphs import low_rank
 from pifa_compiler.passes import Record, Skip
+from pifa_compiler.passes.weights import SUBCLASS
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pifa_compiler import backend as backend_module
 from pifa_compiler.backend import REQUIRES_GRAD, UPDATED, pifa
@@ -364,3 +367,160 @@ def test_generation_gives_the_tokens_of_the_eager_model():
     assert torch.equal(model.generate(prompt, **settings), expected)
     assert rewrites(report, "FactorizeLinear") >= 1
     assert any(record.rule == "Lower" for record in report)
+
+
+class OwnLinear(nn.Linear):
+    """Dynamo compiles modules outside of torch only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def low_rank_layers(count: int) -> list[nn.Linear]:
+    """Layers [24, 32] of rank 4, frozen, that share their code."""
+    layers = [OwnLinear(32, 24).requires_grad_(False) for _ in range(count)]
+    for layer in layers:
+        layer.weight.data = low_rank(24, 32, 4)
+    return layers
+
+
+def test_a_changed_weight_takes_no_other_layer_out_of_pifa_form():
+    layers, x = low_rank_layers(3), torch.randn(4, 32)
+    report: list[Record] = []
+    for layer in layers:
+        layer.compile(backend="pifa", options={"report": report})
+        layer(x)
+    layers[1].weight.mul_(2)
+    before = rewrites(report, "FactorizeLinear")
+    for layer in (*layers, *layers):
+        assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), **CLOSE)
+    updated = [record for record in report if record.outcome == UPDATED and record.rule == "pifa"]
+    assert (before, rewrites(report, "FactorizeLinear"), len(updated)) == (3, 3, 1)
+
+
+def test_layers_past_the_limit_take_no_other_out_of_pifa_form(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend_module, "MAX_VARIANTS", 2)
+    example = low_rank_layers(1)[0]
+    graphs: list[tuple[torch.fx.GraphModule, list[object]]] = []
+    capture = torch.compile(example, backend=lambda gm, inputs: graphs.append((gm, list(inputs))) or gm, fullgraph=True)
+    x = torch.randn(4, 32)
+    capture(x)
+    ((gm, inputs),) = graphs
+    compiled_graph = pifa(gm, inputs)
+    layers = [example, *low_rank_layers(3)]
+    takes = {id(example.weight): "weight", id(example.bias): "bias", id(x): "x"}
+
+    def run(layer: nn.Linear) -> Tensor:
+        values = {"weight": layer.weight, "bias": layer.bias, "x": x}
+        (result,) = compiled_graph(*(values[takes[id(value)]] for value in inputs))
+        return result
+
+    for layer in (*layers, *layers):
+        assert_close(run(layer), layer(x), **CLOSE)
+    run(layers[0])
+    assert compiled_graph._current.bindings[0].state is not None  # compiled for its low rank, not the way of all others
+
+
+def test_threads_do_not_get_each_others_constants():
+    layers = [*low_rank_layers(4)]
+    x = torch.randn(4, 32)
+    wanted = [layer(x) for layer in layers]
+    for layer in layers:
+        layer.compile(backend="pifa")
+        layer(x)
+    wrong: list[int] = []
+
+    def call_often(index: int) -> None:
+        for _ in range(200):
+            if not torch.allclose(layers[index](x), wanted[index], **CLOSE):
+                wrong.append(index)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=call_often, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_in_pifa_form_run_under_autocast(dtype: torch.dtype):
+    layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
+    layer, x = layer.to(dtype), torch.randn(3, 16)
+    fast, report = compiled(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, eager = fast(x), layer(x)
+    exact = copy.deepcopy(layer).double()(x.double())
+    assert got.dtype is eager.dtype is torch.bfloat16
+    assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2**-8 * exact.abs().max()
+    assert any("as under autocast" in reason for reason in reasons(report))
+
+
+def test_a_number_of_tokens_that_depends_on_values_is_lowered():
+    layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
+
+    def routed(x: Tensor, mine: Tensor) -> Tensor:
+        return layer(x[torch.nonzero(mine).squeeze(1)])
+
+    x, mine = torch.randn(6, 16), torch.tensor([1, 0, 1, 1, 0, 0])
+    report: list[Record] = []
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = torch.compile(routed, backend="pifa", fullgraph=True, options={"report": report})
+        assert_close(fast(x, mine), routed(x, mine), **CLOSE)
+    assert rewrites(report, "Lower") == 1
+
+
+def test_tensor_subclasses_are_left_with_a_record():
+    layer = nn.Linear(32, 24, bias=False)
+    layer.weight = nn.Parameter(TwoTensor(low_rank(24, 32, 4), low_rank(24, 32, 4)), requires_grad=False)
+    fast, report = compiled(layer)
+    x = torch.randn(4, 32)
+    got, wanted = fast(x), layer(x)
+    assert_close(got.a, wanted.a, **CLOSE)
+    assert_close(got.b, wanted.b, **CLOSE)
+    assert SUBCLASS.reason in reasons(report)
+
+
+# torch's own, of what it calls for these transforms (torch 2.13)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian, torch.vmap], ids=str)
+@pytest.mark.parametrize("form", ["weight", "layer"])
+def test_transforms_of_torch_func(transform: Callable[..., Callable[..., Tensor]], form: str):
+    layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
+    if form == "layer" and transform is torch.func.hessian:
+        pytest.skip("needs an Inductor that compiles hessian of a gather: torch 2.13's stops at an assertion on CPUs")
+    if form == "weight":
+        layer, factors = nn.Linear(16, 24).requires_grad_(False), layer
+        layer.weight.data = factors.weight.detach().clone()
+
+    def program(x: Tensor) -> Tensor:
+        return transform(lambda row: torch.tanh(layer(row)))(x)
+
+    x = torch.randn(16) if transform is not torch.vmap else torch.randn(3, 16)
+    fast, report = compiled(program)
+    assert_close(fast(x), program(x), **CLOSE)
+    assert "it runs within a transform of torch.func" in reasons(report)
+
+
+def test_a_graph_in_which_nothing_is_rewritten_is_compiled_as_it_came(monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor import compile_fx
+
+    seen: list[set[object]] = []
+    usual = compile_fx.compile_fx
+
+    def watch(gm: torch.fx.GraphModule, *args: object, **kwargs: object) -> object:
+        seen.append({node.target for node in gm.graph.nodes if node.op == "call_function"})
+        return usual(gm, *args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", watch)
+    weight = nn.Parameter(torch.randn(16, 24), requires_grad=False)
+    fast, _ = compiled(lambda x: torch.mm(x, weight))
+    x = torch.randn(3, 16)
+    assert_close(fast(x), x @ weight)
+    assert seen == [{torch.mm}]

@@ -116,3 +116,38 @@ def test_a_result_that_is_also_returned_keeps_its_order():
     assert isinstance(first.outcome, Skip)
     assert "cumsum reads the outputs in order" in first.outcome.reason
     assert_close(call(gm, x), model(x))
+
+
+@torch.fx.wrap
+def square(x: Tensor) -> Tensor:
+    """Of the name of an elementwise function, and none."""
+    return x * x.cumsum(-1)
+
+
+def test_another_function_of_the_name_of_an_elementwise_one_keeps_the_order():
+    model, x = Mlp(lambda x: square(x)), torch.randn(3, 10).double()
+    gm = symbolic_trace(model)
+    assert any(node.target is square for node in gm.graph.nodes)
+    records = run_passes(gm, [Canonicalize(), AbsorbOrder()])
+    assert all(isinstance(record.outcome, Skip) for record in records)
+    assert_close(call(gm, x), model(x))
+
+
+def test_random_numbers_are_drawn_for_the_same_features_as_before():
+    model, x = Mlp(lambda x: F.dropout(F.relu(x), 0.5, training=True)), torch.randn(3, 10).double()
+    gm = exported(model, x)
+    records = run_passes(gm, [AbsorbOrder()])
+    assert orders(gm) == [True, True]
+    assert all(isinstance(record.outcome, Skip) for record in records)
+    torch.manual_seed(3)
+    wanted = model(x)
+    torch.manual_seed(3)
+    assert_close(call(gm, x), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_bias_of_one_number_for_all_outputs_keeps_the_order():
+    model, x = Mlp(F.relu), torch.randn(3, 10).double()
+    model.fc1.bias = nn.Parameter(torch.ones(1).double(), requires_grad=False)
+    gm = exported(model, x)
+    first, _ = run_passes(gm, [AbsorbOrder()])
+    assert first.outcome == Skip("row order stays: a bias is not known to have one number for each output")

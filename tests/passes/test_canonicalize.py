@@ -186,3 +186,57 @@ def test_weight_of_lets_others_read_the_weight(read):
     read(graph, w)
     gm = torch.fx.GraphModule({"w": torch.randn(4, 6)}, graph)
     assert isinstance(weight_of(gm, w), Weight)
+
+
+def test_canonicalize_leaves_calls_with_further_arguments():
+    def write(s: Spelling, x: Tensor) -> Tensor:
+        s.seen = torch.empty(3, 4)
+        torch.mm(x, s.m, out=s.seen)
+        return torch.addmm(s.b, x, s.m, out=s.seen) + torch.matmul(x, s.m)
+
+    gm = symbolic_trace(Spelling(write).requires_grad_(False))
+    reasons = [record.outcome for record in run_passes(gm, [Canonicalize()]) if isinstance(record.outcome, Skip)]
+    assert reasons == [Skip("the call has arguments that a linear does not have, such as out=")] * 2
+    assert op_counts(gm)[torch.mm] == op_counts(gm)[torch.addmm] == op_counts(gm)[aten.linear.default] == 1
+
+
+@pytest.mark.parametrize("spell", [lambda s, x: x @ s.w.H, lambda s, x: x @ s.w.adjoint(), lambda s, x: x @ s.w.mH])
+def test_a_complex_weight_is_not_taken_for_its_conjugate(spell, capture: Capture):
+    model, x = Spelling(spell), torch.randn(3, 6, dtype=torch.complex64)
+    model.w = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
+    gm = capture(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    assert_close(call(gm, x), model(x))
+
+
+@pytest.mark.parametrize("spell", [lambda s, x: x @ s.w.H, lambda s, x: x @ s.w.adjoint()])
+def test_a_real_weight_is(spell):
+    model, x = Spelling(spell), torch.randn(3, 6)
+    gm = symbolic_trace(model)
+    run_passes(gm, [Canonicalize()])
+    assert op_counts(gm)[aten.linear.default] == 1
+    assert_close(call(gm, x), model(x))
+
+
+def test_a_bias_that_is_spread_over_the_outputs_is_none():
+    model = Spelling(lambda s, x: torch.addmm(s.one, x, s.m))
+    model.one = nn.Parameter(torch.ones(1))
+    (record,) = run_passes(symbolic_trace(model), [Canonicalize()])
+    assert record.outcome == Skip("addmm's first argument is not known to be a bias vector")
+
+
+def test_a_weight_in_whose_memory_another_buffer_is_written_is_changed():
+    class Overlapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+            self.row = nn.Parameter(self.w[0], requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.row.mul_(2)
+            return F.linear(x, self.w)
+
+    gm = symbolic_trace(Overlapping())
+    run_passes(gm, [Canonicalize()])
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert weight_of(gm, linear.args[1]) == CHANGED
