@@ -196,7 +196,12 @@ def squared_singular_values(layer: Layer) -> Tensor:
     if smaller is not None:
         root = gram_root(smaller, 0).root
         small = root.T @ small @ root
-    squared: Tensor = torch.linalg.eigvalsh(small)
+    try:
+        squared: Tensor = torch.linalg.eigvalsh(small)
+    except torch.linalg.LinAlgError as error:
+        raise RankError(
+            f"the singular values of {layer.name} cannot be computed ({error}); take the allocator uniform, or skip it"
+        ) from error
     return squared.flip(0).clamp(min=0)
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError, CaptureError
 from .passes import Canonicalize, run_passes
+from .token_masks import TokenMasks
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """One call of a model: a tensor (its first argument), a sequence (positional) or a mapping (keyword arguments)."""
@@ -25,12 +26,12 @@ class Captured:
         graph: canonical and functional: linears are `aten.linear.default`, nothing is written in place, and weights are
             `get_attr` nodes that carry their state-dict names and share the model's storage.
         inputs: for every batch, one value per placeholder, in order.
-        token_masks: for every batch the mask [batch, tokens] of the tokens that count, or None where all do.
+        masks: which tokens count, by the masks among the inputs.
     """
 
     graph: GraphModule
     inputs: list[list[Any]]
-    token_masks: list[Tensor | None]
+    masks: TokenMasks
 
 
 def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
@@ -42,7 +43,8 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
             to the device of the model.
 
     Raises:
-        CalibrationError: there is no batch, or the batches differ in more than their shapes.
+        CalibrationError: there is no batch, or the batches differ in more than their shapes, or the graph that holds
+            for one of them does not for another.
         CaptureError: `torch.export` cannot express the model as one graph.
     """
     calls = [_call_of(model, batch) for batch in batches]
@@ -51,16 +53,19 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     flat = [pytree.tree_flatten(call) for call in calls]
     if any(spec != flat[0][1] for _, spec in flat):
         raise CalibrationError("all calibration batches must pass the same arguments; they differ in structure")
+    inputs = [values for values, _ in flat]
+    dynamic = _dynamic_dims(inputs)
     training = {module: module.training for module in model.modules()}
     for module in training:
         module.training = False  # not eval(): exported graphs refuse to be called so
     try:
-        graph = _export(model, calls[0], _dynamic_shapes([values for values, _ in flat], flat[0][1]))
+        graph = _export(model, _example(inputs, dynamic), flat[0][1], dynamic)
     finally:
         for module, mode in training.items():
             module.training = mode
+    _check_shapes(graph, inputs)
     run_passes(graph, [Canonicalize()])
-    return Captured(graph, [values for values, _ in flat], [kwargs.get("attention_mask") for _, kwargs in calls])
+    return Captured(graph, inputs, TokenMasks(graph, inputs))
 
 
 def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,29 +89,46 @@ def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str,
     return moved
 
 
-def _dynamic_shapes(batches: list[list[Any]], spec: pytree.TreeSpec) -> Any:
-    """For every input the dimensions that differ between batches, as `torch.export` wants them; None if none does."""
-    dynamic: list[dict[int, Any] | None] = []
+def _dynamic_dims(batches: list[list[Any]]) -> list[list[int]]:
+    """For every input the dimensions that differ between batches."""
+    dynamic: list[list[int]] = []
     for values in zip(*batches, strict=True):
         if not isinstance(values[0], Tensor):
-            dynamic.append(None)
+            dynamic.append([])
             continue
         if any(value.ndim != values[0].ndim for value in values):
             raise CalibrationError("an input has another number of dimensions in some batches; pad or reshape them")
         sizes = [{value.shape[dim] for value in values} for dim in range(values[0].ndim)]
-        dynamic.append({dim: torch.export.Dim.AUTO for dim, seen in enumerate(sizes) if len(seen) > 1})
-    if not any(dynamic):
-        return None
-    args, kwargs = pytree.tree_unflatten(dynamic, spec)
-    return {**dict(enumerate(args)), **kwargs} if not args else (*args, *kwargs.values())
+        dynamic.append([dim for dim, seen in enumerate(sizes) if len(seen) > 1])
+    return dynamic
 
 
-def _export(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic_shapes: Any) -> GraphModule:
+def _example(batches: list[list[Any]], dynamic: list[list[int]]) -> list[Any]:
+    """The inputs to capture with: what `torch.export` sees as 1 it takes for always 1, so no dynamic size is that."""
+
+    def ones(values: list[Any]) -> int:
+        return sum(value.shape[dim] == 1 for value, dims in zip(values, dynamic, strict=True) for dim in dims)
+
+    example = list(min(batches, key=ones))
+    for place, dims in enumerate(dynamic):
+        for dim in dims:
+            if example[place].shape[dim] == 1:
+                example[place] = example[place].repeat_interleave(2, dim)
+    return example
+
+
+def _export(model: nn.Module, example: list[Any], spec: pytree.TreeSpec, dynamic: list[list[int]]) -> GraphModule:
+    args, kwargs = pytree.tree_unflatten(example, spec)
+    shapes: Any = None
+    if any(dynamic):
+        each = [dict.fromkeys(dims, torch.export.Dim.AUTO) or None for dims in dynamic]
+        by_position, by_name = pytree.tree_unflatten(each, spec)
+        shapes = {**dict(enumerate(by_position)), **by_name} if not by_position else (*by_position, *by_name.values())
     with torch.no_grad(), warnings.catch_warnings():
         # torch's own tree-spec classes warn about torch's own use of them while a program is exported.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*TreeSpec.*")
         try:
-            program = torch.export.export(model, *call, dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             # An empty table decomposes nothing; it makes the graph functional, so that no value changes once made.
             graph: GraphModule = program.run_decompositions({}).module(check_guards=False)
             return graph
@@ -115,3 +137,23 @@ def _export(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], dyna
                 f"torch.export could not capture {type(model).__name__} as one graph: {error}\n"
                 "Compress the submodule that holds the linears, or give batches of one shape"
             ) from error
+
+
+def _check_shapes(graph: GraphModule, batches: list[list[Any]]) -> None:
+    """Refuses batches whose sizes the graph was not captured for: `torch.export` may find that a size must be fixed."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for index, values in enumerate(batches):
+        sizes: dict[str, int] = {}
+        for node, value in zip(placeholders, values, strict=True):
+            captured = node.meta.get("val")
+            if not isinstance(value, Tensor) or not isinstance(captured, Tensor):
+                continue
+            for dim, (size, expected) in enumerate(zip(value.shape, captured.shape, strict=True)):
+                # Sizes of one symbol are equal; an expression of symbols (2 s, s + 1) is left to the run itself.
+                wanted = expected if isinstance(expected, int) else sizes.setdefault(str(expected), size)
+                if size != wanted:
+                    raise CalibrationError(
+                        f"the model's graph holds only for inputs whose sizes are those of the batch that it was "
+                        f"captured with: in batch {index} dimension {dim} of {node.target} is {size}, and would have "
+                        f"to be {wanted}; give batches of one shape"
+                    )

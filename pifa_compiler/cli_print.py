@@ -30,7 +30,11 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
     rows = [
         ("saved", f"{output} ({_bytes(folder_bytes(output))})"),
         ("density", f"{report.density_requested} asked, {report.density:.4f} reached"),
-        ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
+        (
+            "parameters",
+            f"{report.params_before:,} -> {report.params_after:,}, {report.model_density:.4f} of the whole model",
+        ),
+        ("", report.rest),
         ("layers", f"{len(report.factorized)} in PIFA form, {len(report.skipped)} left dense"),
     ]
     reasons: dict[str, list[str]] = {}

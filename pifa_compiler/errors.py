@@ -28,6 +28,10 @@ class CalibrationError(PifaError):
     """The calibration batches cannot be used: none, too short, of mixed shapes, or not finite."""
 
 
+class DerivativeError(CalibrationError):
+    """A captured model holds an operation that cannot be differentiated."""
+
+
 class DataError(PifaError):
     """A text source is missing, unreadable, empty or too short."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from .causal_attention import without_causal_mask
-from .errors import CalibrationError
+from .errors import CalibrationError, PifaError
 
 Values = dict[Node, Any]
 
@@ -20,14 +20,31 @@ def call(node: Node, value: Callable[[Node], Any]) -> Any:
     """What a node computes, its arguments looked up by `value`; a causal mask runs as causal attention.
 
     Raises:
-        CalibrationError: the node calls no function.
+        CalibrationError: the node calls no function, or its function refuses its arguments.
     """
     args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-    if not callable(node.target):
+    target = _DIFFERENTIABLE.get(node.target, node.target)
+    if not callable(target):
         raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if target is torch.ops.aten.scaled_dot_product_attention.default:
         args, kwargs = without_causal_mask(args, kwargs)
-    return node.target(*args, **kwargs)
+    try:
+        return target(*args, **kwargs)
+    except (torch.OutOfMemoryError, PifaError):
+        raise  # RuntimeErrors as well; the first says nothing about the model
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise CalibrationError(
+            f"{node.name} of the captured graph, {node.target}, cannot be computed: {error}"
+        ) from error
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy`, which has no derivative: `source` in the shape, strides, dtype and place of `x`."""
+    return torch.empty_like(x).copy_(source, non_blocking=non_blocking)
+
+
+_DIFFERENTIABLE: Mapping[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copy}
+"""What runs in the place of operations that functional graphs have and that cannot be differentiated."""
 
 
 def constant(gm: GraphModule, node: Node) -> Any:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .errors import RankError
 from .factors import PifaFactors, Pivoting, factorize, factorize_jointly
 from .linears import weight_name
 from .reconstruct import Method, Settings, Statistics, relative_error, solve_weighted
@@ -39,7 +41,20 @@ class GroupSolver:
         self.factors: dict[Node, PifaFactors] = {}
 
     def solve(self, group: Group, statistics: Statistics) -> dict[Node, PifaFactors]:
-        """Factors of the group's members that are to be low-rank."""
+        """Factors of the group's members that are to be low-rank.
+
+        Raises:
+            RankError: a decomposition fails on these numbers; names the weight.
+        """
+        try:
+            return self._solve(group, statistics)
+        except torch.linalg.LinAlgError as error:
+            raise RankError(
+                f"the low-rank form of {weight_name(group.members[0])} cannot be computed ({error}); raise the "
+                "damping, calibrate on more tokens, or skip the layer"
+            ) from error
+
+    def _solve(self, group: Group, statistics: Statistics) -> dict[Node, PifaFactors]:
         make_low_rank = self.method.prepare(statistics, self.settings)
         low_rank = {}
         for node in group.members:

@@ -72,7 +72,7 @@ class PifaLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         with torch.no_grad():
-            torch.arange(self.rank, out=self.pivots)
+            self.pivots.copy_(torch.arange(self.rank, device=self.pivots.device))
         # Which pivots a layer on the meta device will have is not known: it has a place for an order.
         self.order = torch.empty(self.out_features, dtype=torch.int64, device="meta") if self.pivots.is_meta else None
 

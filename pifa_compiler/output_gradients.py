@@ -32,7 +32,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Captured
-from .errors import CalibrationError
+from .errors import CalibrationError, DerivativeError
 from .graph_run import Block, Values, cut_into_blocks, run_block
 from .linears import weight_name
 from .reconstruct import Statistics
@@ -58,26 +58,36 @@ class Predictions:
 
 @dataclass
 class DenseStatistics:
-    """Sums over the calibration tokens in the dense model, in float32, by the names of the linears' weights.
+    """Sums over the calibration tokens in the dense model, by the names of the linears' weights, in float32.
 
     Attributes:
         gram: sum x x^T, [in, in]; linears on one input share one tensor.
         gradient_gram: sum g g^T, [out, out]; see the module's docstring. The random signs are the same in every run.
         sum_abs: sum |x| of every channel, [in].
-        tokens: how many tokens were summed at the inputs.
+        tokens: how many tokens were summed at the input of each; a pooler sees fewer than the layers before it.
         no_gradients: why `gradient_gram` is empty; None if it is not.
+        notes: what was out of the ordinary, such as padding that was not known as such.
     """
 
     gram: dict[str, Tensor] = field(default_factory=dict)
     gradient_gram: dict[str, Tensor] = field(default_factory=dict)
     sum_abs: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
     no_gradients: str | None = None
+    notes: tuple[str, ...] = ()
 
     def of_input(self, name: str) -> Statistics:
-        """The sums at the input of the linear with the weight `name`, as methods of one flow take them."""
-        gram = self.gram[name].double()
-        return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(self.tokens, 1), self.tokens)
+        """The sums at the input of the linear with the weight `name`, as methods of one flow take them.
+
+        Raises:
+            CalibrationError: nothing is known of this linear.
+        """
+        if name not in self.gram:
+            raise CalibrationError(
+                f"the statistics know nothing of {name}; measure them on the same model with batches that reach it"
+            )
+        gram, tokens = self.gram[name].double(), self.tokens[name]
+        return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(tokens, 1), tokens)
 
 
 def find_predictions(captured: Captured) -> Predictions | str:
@@ -87,7 +97,7 @@ def find_predictions(captured: Captured) -> Predictions | str:
     """
     graph = captured.graph.graph
     by_node = dict(zip(graph.find_nodes(op="placeholder"), captured.inputs[0], strict=True))
-    whole = [node for node, value in by_node.items() if _is_token_ids(value)]
+    whole = [node for node, value in by_node.items() if _is_token_ids(value) and "mask" not in str(node.target)]
     named = [node for node in whole if str(node.target) == "input_ids"]
     tokens = named[0] if named else whole[0] if len(whole) == 1 else None
     if tokens is None:
@@ -123,23 +133,31 @@ def dense_statistics(
 ) -> DenseStatistics:
     """Sums `DenseStatistics` for the linears `targets` over all batches.
 
+    Linears that the logits do not depend on are left out, and those whose output they do not depend on have no sum of
+    gradients.
+
     Args:
-        captured: the model's graph and its calibration batches; padding, by the attention mask, is left out.
+        captured: the model's graph and its calibration batches; padding, by the masks, is left out.
         targets: `aten.linear.default` nodes.
         predictions: as `find_predictions` found it.
         progress: called after each batch.
         for_ranks: whether the inputs' sums are for choosing ranks only, so that those of a part of the tokens will do.
 
     Raises:
-        CalibrationError: the graph holds an operation that has no gradient, or a gradient is not finite.
+        DerivativeError: the graph holds an operation that has no derivative, or cannot be computed so as to have one.
+        CalibrationError: a gradient is not finite.
     """
-    placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    stride = _stride(captured, targets, predictions) if for_ranks else 1
-    runner = _Backward(captured.graph, targets, predictions, stride)
-    for index, (values, mask) in enumerate(zip(captured.inputs, captured.token_masks, strict=True), start=1):
-        runner.add(dict(zip(placeholders, values, strict=True)), mask)
-        if progress is not None:
-            progress(index, len(captured.inputs), "output gradients")
+    device = _tokens_of(captured, predictions)[0].device
+    bfloat16, notes = has_bfloat16_units(device), []
+    try:
+        runner = _run(captured, targets, predictions, progress, for_ranks, bfloat16)
+    except DerivativeError:
+        raise
+    except CalibrationError as error:
+        if not bfloat16:
+            raise DerivativeError(f"{error}; pass gradients=False (--no-gradients)") from error
+        notes.append(f"output gradients were computed in float32, not bfloat16: {error}")
+        runner = _run(captured, targets, predictions, progress, for_ranks, bfloat16=False)
     for node, gram in runner.gradient_gram.items():
         if not bool(torch.isfinite(gram).all()):
             raise CalibrationError(
@@ -147,20 +165,46 @@ def dense_statistics(
                 "or pass gradients=False (--no-gradients)"
             )
     inputs = {weight_name(node): node.all_input_nodes[0] for node in targets}
+    inputs = {name: source for name, source in inputs.items() if source in runner.gram}
     return DenseStatistics(
         {name: runner.gram[source] for name, source in inputs.items()},
         {weight_name(node): gram for node, gram in runner.gradient_gram.items()},
         {name: runner.sum_abs[source] for name, source in inputs.items()},
-        runner.tokens,
+        {name: runner.tokens[source] for name, source in inputs.items()},
+        notes=tuple(notes),
     )
+
+
+def _run(
+    captured: Captured,
+    targets: Sequence[Node],
+    predictions: Predictions,
+    progress: Progress | None,
+    for_ranks: bool,
+    bfloat16: bool,
+) -> "_Backward":
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    stride = _stride(captured, targets, predictions) if for_ranks else 1
+    runner = _Backward(captured, targets, predictions, stride, bfloat16)
+    for index, values in enumerate(captured.inputs):
+        runner.add(dict(zip(placeholders, values, strict=True)), index)
+        if progress is not None:
+            progress(index + 1, len(captured.inputs), "output gradients")
+    return runner
+
+
+def _tokens_of(captured: Captured, predictions: Predictions) -> list[Tensor]:
+    """The token ids of every batch."""
+    at = captured.graph.graph.find_nodes(op="placeholder").index(predictions.tokens)
+    return [values[at] for values in captured.inputs]
 
 
 def _stride(captured: Captured, targets: Sequence[Node], predictions: Predictions) -> int:
     """One token in so many is enough for `_TOKENS_FOR_RANKS`."""
-    at = captured.graph.graph.find_nodes(op="placeholder").index(predictions.tokens)
     tokens = 0
-    for values, mask in zip(captured.inputs, captured.token_masks, strict=True):
-        tokens += values[at].numel() if mask is None else int(mask.sum())
+    for index, ids in enumerate(_tokens_of(captured, predictions)):
+        mask = captured.masks.rows(predictions.tokens, index, ids.shape)
+        tokens += ids.numel() if mask is None else int(mask.sum())
     widest = max(int(node.all_input_nodes[0].meta["val"].shape[-1]) for node in targets)
     return max(tokens // (_TOKENS_FOR_RANKS * widest), 1)
 
@@ -204,47 +248,60 @@ def _detached(values: Values) -> Values:
 class _Backward:
     """Forward and backward passes over a graph, batch by batch, and their running sums."""
 
-    def __init__(self, gm: GraphModule, targets: Sequence[Node], predictions: Predictions, stride: int) -> None:
-        self.gm, self.predictions, self.targets, self.stride = gm, predictions, frozenset(targets), stride
+    def __init__(
+        self, captured: Captured, targets: Sequence[Node], predictions: Predictions, stride: int, bfloat16: bool
+    ) -> None:
+        self.bfloat16 = bfloat16
+        self.gm = gm = captured.graph
+        self.masks, self.predictions, self.targets, self.stride = (
+            captured.masks,
+            predictions,
+            frozenset(targets),
+            stride,
+        )
         self._summed: set[Node] = set()  # inputs of the batch at hand
         self.blocks = cut_into_blocks(gm, predictions.logits, max(math.isqrt(len(targets)), 1))
         self.gram: dict[Node, Tensor] = {}
         self.gradient_gram: dict[Node, Tensor] = {}
         self.sum_abs: dict[Node, Tensor] = {}
-        self.tokens = 0
+        self.tokens: dict[Node, int] = {}
         self._generator = torch.Generator().manual_seed(0)
         self._weights = {weight.untyped_storage().data_ptr() for weight in gm.parameters()}
 
-    def add(self, inputs: Values, mask: Tensor | None) -> None:
-        """Adds one batch."""
+    def add(self, inputs: Values, batch: int) -> None:
+        """Adds one batch, whose index is `batch`."""
         device = inputs[self.predictions.tokens].device
         self._summed.clear()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16_units(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             values, crossing, records = inputs, [], deque[_Record]()
             for block in self.blocks:
                 crossing.append(values)
-                records.append(self._record(block, values, mask))
+                records.append(self._record(block, values, batch))
                 while sum(record.bytes for record in records) > _KEPT_BYTES and len(records) > 1:
                     records.popleft()
                 values = _detached(records[-1].outputs)
             logits = values.pop(self.predictions.logits)
+            counts = self.masks.rows(self.predictions.logits, batch, logits.shape[:2])
+            mask = None if counts is None else counts.view(logits.shape[:2])
             gradients = {self.predictions.logits: _logits_gradient(logits, mask, self._generator)}
             del values, logits
             for block in reversed(self.blocks):
                 inputs = crossing.pop()
-                record = records.pop() if records else self._record(block, inputs, mask)
-                gradients = self._back(record, gradients, mask)
+                record = records.pop() if records else self._record(block, inputs, batch)
+                gradients = self._back(record, gradients, batch)
 
-    def _sum_inputs(self, source: Node, values: Values, mask: Tensor | None) -> None:
+    def _sum_inputs(self, source: Node, values: Values, batch: int) -> None:
         if source in self._summed:
             return
         self._summed.add(source)
+        readers = [weight_name(user).removesuffix(".weight") for user in source.users if user in self.targets]
+        mask = self.masks.rows(source, batch, values[source].shape[:-1], readers)
         rows = tokens_as_rows(values[source].detach(), mask, self.stride)
-        self.tokens += len(rows) if len(self._summed) == 1 else 0
+        self.tokens[source] = self.tokens.get(source, 0) + len(rows)
         _add(self.gram, source, _gram_matrix(rows))
         _add(self.sum_abs, source, rows.abs().sum(dim=0))
 
-    def _record(self, block: Block, inputs: Values, mask: Tensor | None) -> _Record:
+    def _record(self, block: Block, inputs: Values, batch: int) -> _Record:
         """Computes a block from the values that cross into it, and sums the inputs of its linears."""
         inputs = _detached(inputs)
         leaves = {
@@ -258,7 +315,7 @@ class _Backward:
         def note(node: Node, values: Values) -> None:
             if node in self.targets:
                 met[node] = values[node] if values[node].requires_grad else values[node].requires_grad_()
-                self._sum_inputs(node.all_input_nodes[0], values, mask)
+                self._sum_inputs(node.all_input_nodes[0], values, batch)
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -269,7 +326,7 @@ class _Backward:
             outputs = run_block(self.gm, block, inputs, note)
         return _Record(block, leaves, met, outputs, sum(size for at, size in held.items() if at not in self._weights))
 
-    def _back(self, record: _Record, gradients: Mapping[Node, Tensor], mask: Tensor | None) -> dict[Node, Tensor]:
+    def _back(self, record: _Record, gradients: Mapping[Node, Tensor], batch: int) -> dict[Node, Tensor]:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
         outputs = record.outputs
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
@@ -284,13 +341,14 @@ class _Backward:
             raise  # a RuntimeError as well, and none about the model
         except RuntimeError as error:  # autograd has no narrower one; its NotImplementedError is one
             nodes = record.block.nodes
-            raise CalibrationError(
+            raise DerivativeError(
                 f"the model has no gradients at {nodes[0].name}..{nodes[-1].name}: {error}; "
                 "pass gradients=False (--no-gradients)"
             ) from error
         back = {node: gradient for node, gradient in zip(wanted, found, strict=True) if gradient is not None}
         for node in record.met:
             if node in back:
+                mask = self.masks.rows(node.all_input_nodes[0], batch, back[node].shape[:-1])
                 rows = tokens_as_rows(back[node], mask)
                 _add(self.gradient_gram, node, _gram_matrix(rows))
         return {node: gradient for node, gradient in back.items() if node in record.leaves}

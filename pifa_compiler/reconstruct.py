@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over the calibration tokens at the input of a linear, in float64.
+    """Sums over the calibration tokens at the input of a linear, as float64 tensors.
+
+    Each batch's products are taken in float32, where a sum over n tokens is exact to some sqrt(n) 2^-24 of it, and
+    added up in float64: directions of an input that have less than that of the largest are noise in these sums.
 
     Attributes:
         gram: A = sum x_u x_u^T, [in, in].
@@ -234,10 +237,25 @@ def solve_weighted(
     scale = float(gram.diagonal().mean())
     if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
         return solve(weight, rank, *output_cross)
+    root = damped_root(gram / scale, settings.gradient_damping)
+    found = solve(root.root.T @ weight, rank, *(root.root.T @ each for each in output_cross))
+    return LowRank(root.inverse.T @ found.u, found.v, (*found.notes, *root.notes))
+
+
+def damped_root(gram: Tensor, damping: float) -> Root:
+    """A square root of gram + damping I, both of it positive semidefinite but for rounding, gram [n, n].
+
+    Sums in float32 have small negative eigenvalues, which a small damping does not make up for: they count as 0.
+    """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    root = torch.linalg.cholesky(gram / scale + settings.gradient_damping * eye).T
-    found = solve(root @ weight, rank, *(root @ each for each in output_cross))
-    return LowRank(torch.linalg.solve_triangular(root, found.u, upper=True), found.v, found.notes)
+    factor, failed = torch.linalg.cholesky_ex(gram + damping * eye)
+    # A factor that rounding alone kept from failing has columns without meaning.
+    if not bool(failed) and bool((factor.diagonal().square() >= damping / 2).all()):
+        return Root(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    scale = (values.clamp(min=0) + damping).sqrt()
+    note = f"Gram matrix of the output gradients is not positive definite at damping {damping:g}: eigenvalues clamped"
+    return Root(vectors * scale, (vectors / scale).T, (note,))
 
 
 METHODS: Mapping[str, Method] = {

@@ -1,10 +1,15 @@
 """What was done to a model, layer by layer: the records that every door returns and prints."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
 from .factors import FactorQuality, stored_numbers
+
+_KINDS_SHOWN = 5
+"""Classes that are named where a report is shown; `Report.others` has all."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,25 @@ class LayerReport:
         return cls(name, shape, None, reason, target, dense, dense)
 
 
+@dataclass(frozen=True)
+class OtherReport:
+    """A module that is no linear layer and holds numbers of its own: an embedding, a norm, a convolution, experts.
+
+    Attributes:
+        name: its place in the model, as in `named_modules`.
+        kind: its class.
+        shapes: of its own parameters and buffers, by their names.
+        numbers: in its parameters; what an earlier entry shares with it is counted there.
+        buffered: in its buffers.
+    """
+
+    name: str
+    kind: str
+    shapes: Mapping[str, tuple[int, ...]]
+    numbers: int
+    buffered: int
+
+
 @dataclass
 class Report:
     """What `compress` or `compact` did.
@@ -67,6 +91,7 @@ class Report:
         method: how low-rank weights were made: a name in `METHODS`, or "lossless".
         density_requested: the budget asked for; None for a lossless run.
         layers: one entry a linear layer, in the model's order.
+        others: one entry for everything else that holds numbers, in the model's order.
         params_before, params_after: parameters and row orders of the whole model, shared ones counted once.
         seconds: wall time.
         activation_bytes: largest store of calibration activations held at once.
@@ -76,6 +101,7 @@ class Report:
     method: str
     density_requested: float | None
     layers: list[LayerReport] = field(default_factory=list)
+    others: list[OtherReport] = field(default_factory=list)
     params_before: int = 0
     params_after: int = 0
     seconds: float = 0.0
@@ -86,6 +112,43 @@ class Report:
         """Adds to `notes` what is not there yet."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def describe_rest(self, model: nn.Module, notes: Iterable[str] = ()) -> None:
+        """Fills `others` with what `model` holds beside the layers, and adds what is to be noted."""
+        for text in notes:
+            self.note(text)
+        layers = {layer.name for layer in self.layers}
+        inside = tuple(f"{name}." for name in layers if name)
+        seen = {id(own) for name, module in model.named_modules() if name in layers for own in module.parameters()}
+        self.others = []
+        for name, module in model.named_modules():
+            if name in layers or (inside and name.startswith(inside)):
+                continue
+            parameters = {key: own for key, own in module.named_parameters(recurse=False) if id(own) not in seen}
+            buffers = {key: own for key, own in module.named_buffers(recurse=False) if id(own) not in seen}
+            seen |= {id(own) for own in (*parameters.values(), *buffers.values())}
+            if parameters or buffers:
+                shapes = {key: tuple(own.shape) for key, own in (*parameters.items(), *buffers.items())}
+                numbers, buffered = (sum(own.numel() for own in each.values()) for each in (parameters, buffers))
+                self.others.append(OtherReport(name, type(module).__name__, shapes, numbers, buffered))
+
+    @property
+    def model_density(self) -> float:
+        """Numbers that the whole model stores over those that it stored before, whatever they belong to."""
+        return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def untouched(self) -> int:
+        """Numbers of the whole model that are as they were: in no layer that is in PIFA form, but for its bias."""
+        return self.params_after - sum(layer.stored_after for layer in self.factorized)
+
+    @property
+    def untouched_by_kind(self) -> dict[str, int]:
+        """`others` by class, and how many numbers each has, most first; what holds none is left out."""
+        kinds: dict[str, int] = {}
+        for other in self.others:
+            kinds[other.kind] = kinds.get(other.kind, 0) + other.numbers
+        return {kind: kinds[kind] for kind in sorted(kinds, key=lambda kind: -kinds[kind]) if kinds[kind]}
 
     @property
     def density(self) -> float:
@@ -103,29 +166,42 @@ class Report:
         """The layers in PIFA form."""
         return [layer for layer in self.layers if layer.skipped is None]
 
+    @property
+    def rest(self) -> str:
+        """In words, how much of the model is as it was, and what holds most of that."""
+        kinds = [f"{numbers:,} in {kind}" for kind, numbers in self.untouched_by_kind.items()]
+        shown = kinds[:_KINDS_SHOWN] + (["others"] if len(kinds) > _KINDS_SHOWN else [])
+        share = self.untouched / self.params_before if self.params_before else 0.0
+        beside = f"; beside linear layers {', '.join(shown)}" if shown else ""
+        return f"{self.untouched:,} numbers ({share:.0%} of the model) are as they were{beside}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "method": self.method,
             "density_requested": self.density_requested,
             "density": self.density,
+            "model_density": self.model_density,
             "params_before": self.params_before,
             "params_after": self.params_after,
             "seconds": self.seconds,
             "activation_bytes": self.activation_bytes,
             "notes": self.notes,
+            "untouched": self.untouched,
             "layers": [asdict(layer) for layer in self.layers],
+            "others": [asdict(other) for other in self.others],
         }
 
     def __str__(self) -> str:
         lines = [
             f"{self.method}: {len(self.factorized)} layers in PIFA form, {len(self.skipped)} left as they were; "
             f"density {self.density:.4f}, {self.params_before:,} -> {self.params_after:,} parameters "
-            f"in {self.seconds:.1f} s"
+            f"({self.model_density:.4f} of the whole model) in {self.seconds:.1f} s"
         ]
         reasons: dict[str, int] = {}
         for layer in self.skipped:
             reasons[str(layer.skipped)] = reasons.get(str(layer.skipped), 0) + 1
         lines += [f"  {count} left: {reason}" for reason, count in reasons.items()]
+        lines += [f"  {self.rest}"] if self.others else []
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)

@@ -150,7 +150,7 @@ class Sweep:
         self.segments = plan(self.gm.graph, targets, drift=drift)
         self.factors: dict[Node, PifaFactors | Tensor] = {}
         self.peak_bytes = 0
-        self._masks = captured.token_masks
+        self._masks = captured.masks
         self._constant: Values = {}
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         self._batches = [Flows(dict(zip(placeholders, values, strict=True))) for values in captured.inputs]
@@ -168,19 +168,22 @@ class Sweep:
         """Walks the graph; `solve` gives factors, or another weight, for the members of a group that are replaced.
 
         Raises:
-            CalibrationError: an input of a linear is not finite; names the weight.
+            CalibrationError: an input of a linear is not finite, or all its tokens are padding; names the weight.
         """
         for index, segment in enumerate(self.segments):
             label = weight_name(segment.group.members[0])
+            layers = [weight_name(member).removesuffix(".weight") for member in segment.group.members]
             sums = _Sums(self._dense_gram)
             added = {  # where one of the addends, or the input, differs between the flows
                 member: addends
                 for member, addends in segment.addends.items()
                 if self._diverges.intersection((segment.group.source, *addends))
             }
-            for flows, mask in zip(self._batches, self._masks, strict=True):
+            for batch, flows in enumerate(self._batches):
                 self._run_segment(segment, flows)
-                dense, compressed = self._both(flows, segment.group.source)
+                source = segment.group.source
+                dense, compressed = self._both(flows, source)
+                mask = self._masks.rows(source, batch, dense.shape[:-1], layers)
                 rows = tokens_as_rows(dense, mask)
                 inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
                 sums.add(rows, inputs, cross=len(added) < len(segment.group.members))
@@ -269,7 +272,7 @@ class _Sums:
         self.wants_dense_gram = dense_gram
 
     def add(self, dense: Tensor, compressed: Tensor, *, cross: bool) -> None:
-        # float32 within a batch (at most some thousand tokens), float64 across batches.
+        # Products in float32 within a batch (at most some thousand tokens), sums over batches in float64.
         same = dense is compressed
         gram = gram_matrix(compressed).double()
         self.gram = self.gram + gram
@@ -285,6 +288,11 @@ class _Sums:
 
     def finish(self, label: str) -> Statistics:
         dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
+        if self.tokens == 0:
+            raise CalibrationError(
+                f"no token reaches the input of {label}: the masks leave none in any calibration batch, or the batches "
+                "are empty; an attention_mask is 1 at the tokens that count"
+            )
         for total in (self.gram, self.cross, dense_gram, *self.output_cross.values()):
             if total is not None and not bool(torch.isfinite(total).all()):
                 raise CalibrationError(
@@ -301,10 +309,10 @@ def _bias(linear: Node) -> Node | None:
 
 
 def tokens_as_rows(x: Tensor, mask: Tensor | None, stride: int = 1) -> Tensor:
-    """Tokens as rows [tokens, in] in float32, padding left out; one in `stride` of them."""
+    """Tokens as rows [tokens, in] in float32: those at which `mask` [rows] is True, and of them one in `stride`."""
     rows = x.reshape(-1, x.shape[-1])
-    if mask is not None and mask.numel() == len(rows):
-        rows = rows[mask.reshape(-1).bool()]
+    if mask is not None:
+        rows = rows[mask]
     return rows[::stride].float()
 
 

@@ -32,8 +32,7 @@ def test_capture_takes_tensors_tuples_and_mappings():
     model, x, mask = TwoInputs(), torch.randn(2, 4), torch.ones(2, 1)
     assert [v is x for v in capture(model, [x]).inputs[0]] == [True]
     assert len(capture(model, [(x, x)]).inputs[0]) == 2
-    captured = capture(model, [{"x": x, "attention_mask": mask}])
-    assert captured.token_masks == [mask]
+    assert len(capture(model, [{"x": x, "attention_mask": mask}]).inputs[0]) == 2
 
 
 def test_batches_of_several_lengths_are_captured_once():
