@@ -1,10 +1,12 @@
 """Numbers that do not depend on what the caller has set: precision of products, autocast, defaults, gradient modes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Setting = TypeVar("_Setting")
 
 _PRECISIONS: tuple[Any, ...] = tuple(
     settings
@@ -40,17 +42,30 @@ def own_numerics() -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    overall, each = torch.get_float32_matmul_precision(), [settings.fp32_precision for settings in _PRECISIONS]
-    convolutions = torch.backends.cudnn.conv.fp32_precision
+    each = [settings.fp32_precision for settings in _PRECISIONS]
+    products = _older_switch(torch.get_float32_matmul_precision)
+    convolutions = _older_switch(lambda: torch.backends.cudnn.allow_tf32)
     try:
         # The older switches first: they write to the newer ones, and torch refuses to work where both disagree.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        if products is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = False
         for settings in _PRECISIONS:
             settings.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(overall)
-        torch.backends.cudnn.allow_tf32 = convolutions == "tf32"
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
         for settings, precision in zip(_PRECISIONS, each, strict=True):
             settings.fp32_precision = precision
+
+
+def _older_switch(read: Callable[[], _Setting]) -> _Setting | None:
+    """What one of torch's older switches says; None if the newer ones were set to something else, which outdoes it."""
+    try:
+        return read()
+    except RuntimeError:  # what torch raises then, whoever asks
+        return None
