@@ -148,3 +148,182 @@ def test_a_models_own_inputs_follow_it_to_its_device():
     graph = _capture(model, None, report)
     assert graph is not None
     assert {node.meta["val"].device.type for node in graph.graph.find_nodes(op="placeholder")} == {"meta"}
+
+
+class Codec(nn.Module):
+    """An autoencoder: its two linears are used one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(32, 6, bias=False), nn.Linear(6, 24)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+class CodecWithParts(Codec):
+    def encode(self, x):
+        return self.encoder(x)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+
+class Holder(nn.Module):
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.p = nn.Sequential(nn.Linear(32, 6, bias=False), nn.Linear(6, 24)) if inner is None else inner
+
+    def forward(self, x):
+        return self.p(x)
+
+
+class NonlinearBetween(Holder):
+    def forward(self, x):
+        return self.p[1](torch.relu(self.p[0](x)))
+
+
+class CalledByParts(Holder):
+    def forward(self, x):
+        return self.p[1](self.p[0](x))
+
+
+class EncodesToo(Holder):
+    def encode(self, x):
+        return self.p[0](x)
+
+
+class EncodesInTraining(Holder):
+    def forward(self, x):
+        return (self.p(x), self.p[0](x)) if self.training else self.p(x)
+
+
+class SharedV(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Linear(32, 8, bias=False)
+        self.us = nn.ModuleList(nn.Linear(8, 40) for _ in range(3))
+
+    def forward(self, x):
+        return sum(u(self.v(x)) for u in self.us)
+
+
+class TiedV(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.Sequential(nn.Linear(32, 8, bias=False), nn.Linear(8, 40)) for _ in range(3))
+        for pair in self.pairs[1:]:
+            pair[0].weight = self.pairs[0][0].weight
+
+    def forward(self, x):
+        return sum(pair(x) for pair in self.pairs)
+
+
+class TiedToAnEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.u, self.table = nn.Linear(32, 8, bias=False), nn.Linear(8, 40, bias=False), nn.Embedding(40, 8)
+        self.u.weight = self.table.weight
+
+    def forward(self, x):
+        return self.u(self.v(x)) + self.table.weight.sum()
+
+
+class SharedPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(32, 6, bias=False), nn.Linear(6, 32))
+        self.two = self.one
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def hooked():
+    model = Holder()
+    model.p.register_forward_hook(lambda module, x, y: y * 3)
+    model.p[0].register_forward_hook(lambda module, x, y: y * 3)
+    return model
+
+
+LEFT = {
+    CodecWithParts: "CodecWithParts.decode and CodecWithParts.encode use decoder, encoder",
+    NonlinearBetween: "weight has full rank",
+    CalledByParts: "not called by the module that holds them",
+    EncodesToo: "EncodesToo.encode may use parts of p",
+    EncodesInTraining: "EncodesInTraining.forward may use parts of p",
+    SharedV: "weight has full rank",
+    TiedV: "weight is tied to pairs.",
+    TiedToAnEmbedding: "weight is tied to table.weight",
+    SharedPair: "layer is used elsewhere too, as two.0",
+    hooked: "layer has forward hooks",
+}
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+@pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)
+def test_linears_that_others_use_one_by_one_are_no_pair(make, with_example):
+    model, x = make(), torch.randn(5, 32)
+    modules, wanted = list(model.modules()), model(x)
+    report = pc.compact(model, x if with_example else None)
+    assert report.factorized == []
+    assert list(model.modules()) == modules
+    assert report.params_after == report.params_before
+    assert any(LEFT[make] in str(layer.skipped) for layer in report.layers)
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_a_module_that_is_a_pair_becomes_one_layer_only_if_it_is_called_as_a_whole(with_example):
+    model, x = Holder(Codec()), torch.randn(5, 32)
+    wanted = model(x)
+    pc.compact(model, x if with_example else None)
+    assert type(model.p) is pc.PifaLinear
+    assert_same(model, x, wanted)
+    model = Holder(Codec())
+    model.p.width = 6  # others may ask for it: the module itself stays
+    wanted = model(x)
+    pc.compact(model, x if with_example else None)
+    assert [type(layer) for layer in model.p.children()] == [pc.PifaLinear, nn.Identity]
+    assert model.p.width == 6
+    assert_same(model, x, wanted)
+
+
+def test_pairs_in_a_row_do_not_overlap():
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in ((32, 6), (6, 32), (32, 5), (5, 32))))
+    x = torch.randn(5, 32)
+    wanted = model(x)
+    report = pc.compact(model, x)
+    assert [type(layer).__name__ for layer in model] == ["PifaLinear", "Identity", "PifaLinear", "Identity"]
+    assert report.params_after == sum(layer.stored_after for layer in report.layers)
+    assert_same(model, x, wanted)
+
+
+def test_zero_weights_and_zero_pairs_are_left_with_their_reason():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), Holder(), nn.ReLU(), nn.Linear(24, 24))
+    model[0].weight.data = low_rank(32, 32, 4)  # one that is exchanged all the same
+    nn.init.zeros_(model[2].p[0].weight)
+    nn.init.zeros_(model[4].weight)
+    x = torch.randn(5, 32)
+    wanted = model(x)
+    report = pc.compact(model, x)
+    reasons = {layer.name: str(layer.skipped) for layer in report.skipped}
+    assert "zero" in reasons["2.p"]
+    assert reasons["4"] == "weight is zero, which has no PIFA form"
+    assert type(model[0]) is pc.PifaLinear
+    assert_same(model, x, wanted)
+
+
+def test_a_model_that_cannot_be_traced_without_an_example_asks_for_one():
+    class Branches(Attention):
+        def forward(self, x):
+            self.seen = x
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    model = Branches()
+    attributes = vars(model).keys()
+    report = pc.compact(model)
+    assert report.factorized == []
+    assert any("cannot be traced without an example, give one" in note for note in report.notes)
+    assert vars(model).keys() == attributes
+    assert "seen" not in vars(model)
