@@ -32,6 +32,7 @@ from .checkpoint_files import CONFIG, QUANT_METHOD, REPORT, check_folder
 from .errors import CheckpointError
 from .exchange import Exchange
 from .linear import PifaLinear
+from .pairs import split_pairs
 from .report import Report
 
 _IMPORT_FIRST = (
@@ -138,8 +139,8 @@ def load_pretrained(
 def describe(model: Any, report: Report | None = None, exchange: Exchange | None = None) -> dict[str, Any]:
     """Writes what a loader has to know into `model.config.quantization_config`, and returns it as plain values.
 
-    After it, `model.save_pretrained(folder)` gives a folder that loads. Ranks and versions are taken from the model and
-    the installed packages; method and densities from `report`, or else as they were.
+    After it, `model.save_pretrained(folder)` gives a folder that loads, or refuses. Ranks, pairs and versions are taken
+    from the model and the installed packages; method and densities from `report`, or else as they were.
 
     Args:
         model: a `PreTrainedModel` with `PifaLinear` layers; it shares its config with models built from the same one.
@@ -157,6 +158,7 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
 
     from .hf_quantizer import PifaConfig, attach
 
+    pairs = split_pairs(model)
     ranks = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, PifaLinear)}
     if not ranks:
         raise CheckpointError(
@@ -174,6 +176,8 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
+        format_version=2 if pairs else 1,
+        pairs=pairs,
     )
     if exchange is None:
         with Exchange() as own:

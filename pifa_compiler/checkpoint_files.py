@@ -12,8 +12,11 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT_VERSION = 1
-"""Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself."""
+FORMAT_VERSION = 2
+"""Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
+
+1 says which layers are in PIFA form; 2 says of which pairs of linears besides, and is written where there are some.
+"""
 
 QUANT_METHOD = "pifa"
 
@@ -105,6 +108,24 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for name, rank in ranks.items():
         if not _is_count(rank):
             raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
+    _check_pairs(settings.get("pairs"), ranks, found, where)
+
+
+def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:
+    if pairs is None:
+        return
+    if format_version < 2 or not isinstance(pairs, dict):
+        raise CheckpointError(
+            f"{where}: wanted `pairs`, a table, of format 2 or newer, got {pairs!r:.80}; it is damaged"
+        )
+    seconds = list(pairs.values())
+    for first, second in pairs.items():
+        beside = isinstance(second, str) and first.rpartition(".")[0] == second.rpartition(".")[0]
+        if not beside or first not in ranks or second in ranks or seconds.count(second) > 1:
+            raise CheckpointError(
+                f"{where}: {first}: wanted a layer of `ranks` and a linear beside it that is in no other pair, "
+                f"got {second!r:.80}; it is damaged"
+            )
 
 
 def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mapping[str, LayerShape]) -> None:

@@ -3,6 +3,7 @@
 Importing this module registers the method, so it is imported only where transformers is (see `registration`).
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .checkpoint_files import (
 from .errors import CheckpointError
 from .exchange import Exchange
 from .linear import PifaLinear
+from .pairs import chain_of, identity_behind
 
 Tensors = dict[str, Any]
 
@@ -42,6 +44,8 @@ class PifaConfig(QuantizationConfigMixin):
         density: what was reached, as in `Report.density`; None if unknown.
         versions: package name -> version that saved it.
         format_version: of these settings and of the tensors' names and shapes.
+        pairs: for a layer that is the product of two linears, in the place of the first, the name of the second, where
+            an identity stands.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class PifaConfig(QuantizationConfigMixin):
         versions: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        pairs: dict[str, str] | None = None,
     ) -> None:
         self.quant_method: Any = quant_method  # transformers' own are an enumeration, others are plain strings
         self.format_version = format_version
@@ -61,6 +66,8 @@ class PifaConfig(QuantizationConfigMixin):
         self.density = density
         self.ranks = dict(ranks)
         self.versions = dict(versions or {})
+        if pairs:  # a folder without any is of the first format, which does not know the word
+            self.pairs = dict(pairs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -70,7 +77,7 @@ class PifaConfig(QuantizationConfigMixin):
             CheckpointError: they are of a newer format, or are not what this format says.
         """
         check_settings(config_dict, "config.json")
-        known = ("ranks", "method", "density_requested", "density", "versions", "format_version")
+        known = ("ranks", "method", "density_requested", "density", "versions", "format_version", "pairs")
         config = cls(**{key: config_dict[key] for key in known if key in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -101,24 +108,16 @@ class PifaHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        shapes = {}
-        for saved_name, rank in self.quantization_config.ranks.items():
-            name = _place_of(saved_name, model)
-            if name is None:
-                continue
-            dense = model.get_submodule(name)
-            layer = LayerShape(*_dense_shape(dense), rank, dense.bias is not None)
-            most = min(layer.out_features, layer.in_features)
-            if not 1 <= rank <= most:
-                raise CheckpointError(
-                    f"{saved_name}: the config says rank {rank}, wanted 1..{most} for a weight "
-                    f"[{layer.out_features}, {layer.in_features}]; the folder does not fit its model"
-                )
-            model.set_submodule(name, _empty_layer(layer, dense.weight.dtype))
-            shapes[saved_name] = layer
+        placed = place_layers(model, self.quantization_config)
+        for name, (layer, second, dtype) in placed.values():
+            model.set_submodule(name, _empty_layer(layer, dtype))
+            if second is not None:
+                model.set_submodule(second, identity_behind(name.rpartition(".")[2]))
             # A tie that the saved model no longer had: its tensor is gone, and transformers looks for it.
-            for tied in [key for key in model.all_tied_weights_keys if key == f"{name}.weight"]:
+            gone = tuple(f"{part}." for part in (name, second) if part is not None)
+            for tied in [key for key in model.all_tied_weights_keys if key.startswith(gone)]:
                 del model.all_tied_weights_keys[tied]
+        shapes = {saved_name: layer for saved_name, (_, (layer, _, _)) in placed.items()}
         if checkpoint_files:
             check_tensors(checkpoint_files, self.quantization_config.ranks, shapes)
         # The guard of `add_guard` is expected, whichever layer it stands at.
@@ -143,6 +142,7 @@ class PifaHfQuantizer(HfQuantizer):
         Called by every `model.save_pretrained` before it writes: the config is brought up to date with the layers.
         """
         describe(model)
+        check_loadable(model, model.config.quantization_config)
         return add_guard(model.state_dict(), model), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -176,6 +176,64 @@ def attach(model: Any, config: PifaConfig, exchange: Exchange) -> None:
         exchange.attribute(own, "_is_quantized", True)
 
 
+Placed = tuple[str, tuple[LayerShape, str | None, torch.dtype]]
+"""Where a layer goes: its name, and its shape, the name of the second linear it stands for, its dtype."""
+
+
+def place_layers(model: Any, config: PifaConfig) -> dict[str, Placed]:
+    """Where the layers of a saved model go in one that has none of them yet, by the names they were saved with.
+
+    Raises:
+        CheckpointError: the model has no such linear layer, or one of another shape.
+    """
+    pairs: dict[str, str] = getattr(config, "pairs", {})
+    placed: dict[str, Placed] = {}
+    for saved_name, rank in config.ranks.items():
+        name = _place_of(saved_name, model)
+        if name is None:
+            continue
+        second = _place_of(pairs[saved_name], model) if saved_name in pairs else None
+        linears = _linears_at(saved_name, model, name, second)
+        d_in, d_out = _dense_shape(linears[0])[1], _dense_shape(linears[-1])[0]
+        layer = LayerShape(d_out, d_in, rank, linears[-1].bias is not None)
+        most = min(layer.out_features, layer.in_features)
+        if not 1 <= rank <= most:
+            raise CheckpointError(
+                f"{saved_name}: the config says rank {rank}, wanted 1..{most} for a weight "
+                f"[{layer.out_features}, {layer.in_features}]; the folder does not fit its model"
+            )
+        placed[saved_name] = (name, (layer, second, linears[0].weight.dtype))
+    return placed
+
+
+def check_loadable(model: Any, config: PifaConfig) -> None:
+    """Refuses to save layers that no loader could put back: where the model's own class has no such linears.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    settings = copy.deepcopy(model.config)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    try:
+        with torch.device("meta"):
+            fresh = type(model)._from_config(settings)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return  # it cannot be made without values, or by its config alone: loading it will say so, if it fails
+    try:
+        placed = place_layers(fresh, config)
+        for name, (_, (wanted, _, _)) in placed.items():
+            layer = model.get_submodule(name)
+            found = LayerShape(layer.out_features, layer.in_features, layer.rank, layer.bias is not None)
+            if found != wanted:
+                raise CheckpointError(f"{name}: a {type(model).__name__} has {wanted} there, this model {found}")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"this model could not be loaded again ({error}); save its state_dict() with safetensors.torch, and load "
+            "it into a model that compact() has changed in the same way"
+        ) from error
+
+
 def _place_of(saved_name: str, model: Any) -> str | None:
     """Name in `model` of a layer saved as `saved_name`; None if it belongs to a head that this class does not have.
 
@@ -187,7 +245,7 @@ def _place_of(saved_name: str, model: Any) -> str | None:
             module = model.get_submodule(name)
         except AttributeError:
             continue
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) or chain_of(module) is not None:
             return name
         raise CheckpointError(
             f"{saved_name}: the config says that this is a linear layer, the model has a {type(module).__name__}; "
@@ -200,6 +258,26 @@ def _place_of(saved_name: str, model: Any) -> str | None:
             "the folder does not fit its model"
         )
     return None
+
+
+def _linears_at(saved_name: str, model: Any, name: str, second: str | None) -> list[Any]:
+    """The linear layer of `model` that a saved layer stands for, or the two of a pair."""
+    module = model.get_submodule(name)
+    chain = chain_of(module)
+    linears = [module]
+    if second is not None:
+        linears = [module, model.get_submodule(second)]
+    elif chain is not None:
+        linears = [module.get_submodule(part) for part in chain]
+    fits = all(isinstance(linear, nn.Linear | Conv1D) for linear in linears)
+    if fits and len(linears) == 2:
+        fits = _dense_shape(linears[0])[0] == _dense_shape(linears[1])[1] and linears[0].bias is None
+    if not fits:
+        raise CheckpointError(
+            f"{saved_name}: the config says that this is a pair of linears, the model has "
+            f"{' and '.join(str(linear) for linear in linears)}; the folder does not fit its model"
+        )
+    return linears
 
 
 def _dense_shape(module: Any) -> tuple[int, int]:

@@ -166,7 +166,8 @@ def _is_nothing_else(module: nn.Module) -> bool:
     kind = type(module)
     added = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
     own = {name for name in added if not name.startswith("__")} if kind is not nn.Sequential else set()
-    if not own <= {"forward", "extra_repr", "reset_parameters"} or not vars(module).keys() <= vars(nn.Module()).keys():
+    values = {name for name in vars(module).keys() - vars(nn.Module()).keys() if not name.startswith("_")}
+    if values or not own <= {"forward", "extra_repr", "reset_parameters"}:
         return False
     return why_marked(module) is None and chain_of(module) is not None
 

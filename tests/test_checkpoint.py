@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import pifa_compiler  # noqa: F401
+import pifa_compiler
 from pifa_compiler import checkpoint
 from pifa_compiler.atomic_folder import atomic_folder, check_destination
 from pifa_compiler.checkpoint import load_pretrained
@@ -112,7 +112,7 @@ def test_hostile_or_damaged_tensors_are_refused(part, tensor, message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format 2 is newer than this pifa-compiler, which reads up to 1; install a newer"),
+        ({"format_version": 3}, "format 3 is newer than this pifa-compiler, which reads up to 2; install a newer"),
         ({"format_version": None}, "wanted a format_version"),
         ({"format_version": "1"}, "wanted a format_version"),
         ({"ranks": None}, "wanted `ranks`"),
@@ -417,3 +417,94 @@ def test_the_tokenizer_is_saved_beside_the_model(model, tmp_path):
 
     save(model, tmp_path / "m", tokenizer=Tokenizer())
     assert (tmp_path / "m" / "tokenizer.json").exists()
+
+
+class PairsConfig(transformers.PretrainedConfig):
+    model_type = "model_of_pairs"
+
+    def __init__(self, width=24, **options):
+        super().__init__(**options)
+        self.width = width
+
+
+class Chain(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.v, self.u = nn.Linear(width, 4, bias=False), nn.Linear(4, width)
+
+    def forward(self, x):
+        return self.u(self.v(x))
+
+
+class ModelOfPairs(transformers.PreTrainedModel):
+    """A model whose own class holds pairs: by name, in a sequence, and as a module that is nothing else."""
+
+    config_class = PairsConfig
+    main_input_name = "x"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.q_v, self.q_u = nn.Linear(config.width, 4, bias=False), nn.Linear(4, config.width)
+        self.sequence = nn.Sequential(nn.Linear(config.width, 4, bias=False), nn.Linear(4, config.width))
+        self.chain, self.head = Chain(config.width), nn.Linear(config.width, config.width)
+        self.post_init()
+
+    @property
+    def dummy_inputs(self):
+        return {"x": torch.ones(2, self.config.width)}
+
+    def forward(self, x):
+        return self.head(self.chain(torch.relu(self.sequence(torch.tanh(self.q_u(self.q_v(x)))))))
+
+
+transformers.AutoConfig.register("model_of_pairs", PairsConfig)
+transformers.AutoModel.register(PairsConfig, ModelOfPairs)
+
+
+def compacted_pairs():
+    torch.manual_seed(0)
+    model = ModelOfPairs(PairsConfig()).eval()
+    report = pifa_compiler.compact(model)
+    assert [layer.name for layer in report.factorized] == ["q_v", "sequence", "chain"]
+    assert all(type(layer) is PifaLinear for layer in (model.q_v, model.sequence, model.chain))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [load_pretrained, ModelOfPairs.from_pretrained])
+def test_a_class_that_holds_pairs_is_saved_and_loaded_bit_for_bit(tmp_path, load):
+    model, x = compacted_pairs(), torch.randn(3, 24)
+    model.save_pretrained(tmp_path / "plain")
+    save(model, tmp_path / "ours")
+    settings = read_settings(tmp_path / "ours")
+    assert (settings["pairs"], settings["format_version"]) == ({"q_v": "q_u"}, 2)
+    for folder in ("ours",) if load is load_pretrained else ("ours", "plain"):
+        loaded = load(tmp_path / folder)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+        assert torch.equal(loaded(x), model(x))
+        save(loaded, tmp_path / "again", overwrite=True)
+        assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "ours" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [["q_v"], {"q_v": 3}, {"head": "q_u"}, {"q_v": "sequence"}, {"q_v": "other.q_u"}, {"q_v": "head"}, {"q_v": "gone"}],
+)
+def test_hostile_pairs_are_refused(tmp_path, pairs):
+    save(compacted_pairs(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"]["pairs"] = pairs
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        load_pretrained(tmp_path / "model")
+
+
+def test_a_folder_that_nobody_could_load_is_not_written(tmp_path):
+    model = ModelOfPairs(PairsConfig()).eval()
+    model.head = nn.Sequential(nn.Linear(24, 4, bias=False), nn.Linear(4, 8))  # the class has a linear [24, 24] there
+    pifa_compiler.compact(model)
+    assert type(model.head) is PifaLinear
+    with pytest.raises(CheckpointError, match=r"could not be loaded again.*head"):
+        save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
