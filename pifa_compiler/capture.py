@@ -149,8 +149,10 @@ def _check_shapes(graph: GraphModule, batches: list[list[Any]]) -> None:
             if not isinstance(value, Tensor) or not isinstance(captured, Tensor):
                 continue
             for dim, (size, expected) in enumerate(zip(value.shape, captured.shape, strict=True)):
-                # Sizes of one symbol are equal; an expression of symbols (2 s, s + 1) is left to the run itself.
-                wanted = expected if isinstance(expected, int) else sizes.setdefault(str(expected), size)
+                # A number, also where it was a symbol until it was found to be fixed, or a symbol, of which all sizes
+                # are equal; sizes that are expressions of symbols (2 s, s + 1) are left to the run itself.
+                text = str(expected)
+                wanted = int(text) if text.isdigit() else sizes.setdefault(text, size)
                 if size != wanted:
                     raise CalibrationError(
                         f"the model's graph holds only for inputs whose sizes are those of the batch that it was "

@@ -60,3 +60,44 @@ def test_capture_refuses_batches_that_differ_in_structure():
         capture(model, [torch.randn(2, 4), torch.randn(1, 2, 4)])
     with pytest.raises(CalibrationError, match="at least one"):
         capture(model, [])
+
+
+@pytest.mark.parametrize("shapes", [[(1, 6), (3, 6)], [(1, 6), (3, 4)], [(1, 6), (2, 1)]], ids=str)
+def test_batches_of_one_sample_beside_larger_ones_are_captured_once(shapes: list[tuple[int, int]]):
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    batches = [torch.randint(0, 20, shape) for shape in shapes]
+    captured = capture(model, batches)
+    assert [values[0] is batch for values, batch in zip(captured.inputs, batches, strict=True)] == [True, True]
+    for batch in batches:
+        torch.testing.assert_close(captured.graph(batch), model(batch))
+
+
+def test_sizes_that_the_graph_does_not_hold_for_are_refused_before_any_work():
+    class Fixed(nn.Module):
+        """Its graph holds for one number of rows, since Python looks at it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) * len([row for row in range(x.shape[0])])
+
+    with pytest.raises(
+        CalibrationError, match=r"in batch 1 dimension 0 of x is 5, and would have to be 3; give batches"
+    ):
+        capture(Fixed(), [torch.randn(3, 4), torch.randn(5, 4)])
+
+
+def test_inputs_that_go_together_must_do_so_in_every_batch():
+    class Together(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.fc(x) + y
+
+    batches = [(torch.randn(3, 4), torch.randn(3, 4)), (torch.randn(5, 4), torch.randn(6, 4))]
+    with pytest.raises(CalibrationError, match=r"in batch 1 dimension 0 of y is 6, and would have to be 5"):
+        capture(Together(), batches)

@@ -3,8 +3,10 @@ import torch
 from tiny_models import tiny_llama
 from torch import nn
 
+import pifa_compiler as pc
 from pifa_compiler import output_gradients
 from pifa_compiler.capture import capture
+from pifa_compiler.compress import measure
 from pifa_compiler.errors import CalibrationError
 from pifa_compiler.graph_run import cut_into_blocks
 from pifa_compiler.linears import weight_name
@@ -178,3 +180,117 @@ def test_gradients_that_are_not_finite_name_the_weight_and_the_way_out():
     model.model.norm.weight.data[3] = torch.inf
     with pytest.raises(CalibrationError, match=r"gradient at the output of .*\.weight is not finite.*--no-gradients"):
         dense_statistics(captured, linears_of(captured), predictions)
+
+
+class Copies(nn.Module):
+    """Writes into a part of a new tensor, which a functional graph spells as `aten.copy`; DeepSeek and RWKV do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, ids):
+        h = self.fc(self.embed(ids))
+        wide = h.new_empty(*ids.shape, 8)
+        wide[..., :4] = h[..., :4]
+        wide[..., 4:] = h[..., 4:] * 2
+        return self.head(wide)
+
+
+def test_a_copy_has_a_derivative_here():
+    model, ids = Copies(), torch.randint(0, 20, (2, 6))
+    captured = capture(model, [ids])
+    assert captured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default)
+    predictions = find_predictions(captured)
+    assert isinstance(predictions, Predictions)
+    found = dense_statistics(captured, linears_of(captured), predictions)
+    assert float(found.gradient_gram["fc.weight"].diagonal().min()) > 0
+
+
+@torch.library.custom_op("pifa_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Has no derivative."""
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, ids):
+        return self.head(doubled(self.fc(self.embed(ids))))
+
+
+def test_a_model_with_an_operation_without_derivative_is_compressed_by_its_inputs_alone_and_says_so():
+    batches = [torch.randint(0, 20, (4, 9))]
+    report = pc.compress(Opaque(), batches, pc.CompressConfig(ranks={"*": 3}))
+    assert len(report.factorized) == 2
+    (note,) = report.notes
+    assert note.startswith("output errors are not weighted by gradients: ")
+    assert "no-gradients" in note
+
+
+class Halved(Opaque):
+    """Cannot be computed in bfloat16."""
+
+    def forward(self, ids):
+        h = self.fc(self.embed(ids))
+        return self.head(torch.zeros(ids.numel(), 8).index_add(0, torch.arange(ids.numel()), h.view(-1, 8)).view_as(h))
+
+
+def test_what_cannot_be_computed_in_bfloat16_is_computed_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: True)
+    model, batches = Halved(), [torch.randint(0, 20, (4, 9))]
+    found = measure(model, batches)
+    (note,) = found.notes
+    assert "in float32, not bfloat16: index_add" in note
+    monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: False)
+    wanted = measure(model, batches)
+    assert torch.equal(found.gradient_gram["fc.weight"], wanted.gradient_gram["fc.weight"])
+    assert wanted.notes == ()
+
+
+class Pooled(nn.Module):
+    """Logits for every token, and a pooler that they do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+        self.pooler = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        h = self.fc(self.embed(ids)).tanh()
+        return self.head(h), self.pooler(h[:, 0])
+
+
+def test_tokens_are_counted_for_every_input_and_what_the_predictions_do_not_need_has_sums_too():
+    model, batches = Pooled(), [torch.randint(0, 20, (4, 9)) for _ in range(2)]
+    found = measure(model, batches)
+    assert found.tokens == {"fc.weight": 72, "head.weight": 72, "pooler.weight": 8}
+    assert set(found.gram) == {"fc.weight", "head.weight", "pooler.weight"}
+    assert "pooler.weight" not in found.gradient_gram
+    assert measure(model, batches, gradients=False).tokens == found.tokens
+    assert len(pc.compress(model, batches, pc.CompressConfig(0.7, rank_multiple=1)).factorized) == 3
+
+
+def test_measure_takes_gradients_because_it_is_asked_to():
+    model, batches = Pooled(), [torch.randint(0, 20, (4, 9))]
+    assert measure(model, batches).gradient_gram
+    without = measure(model, batches, gradients=False)
+    assert without.gradient_gram == {}
+    report = pc.compress(model, batches, pc.CompressConfig(ranks={"fc": 2}), statistics=without)
+    assert report.notes == [
+        "output errors are not weighted by gradients: the statistics given were measured with gradients=False"
+    ]
+
+
+def test_statistics_of_another_model_are_refused():
+    statistics = measure(Pooled(), [torch.randint(0, 20, (4, 9))])
+    with pytest.raises(CalibrationError, match=r"know nothing of other\.weight"):
+        statistics.of_input("other.weight")

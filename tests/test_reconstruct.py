@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from pifa_compiler.reconstruct import METHODS, Settings, Statistics, gram_root, relative_error, solve_weighted, truncate
+from pifa_compiler.reconstruct import (
+    METHODS,
+    Settings,
+    Statistics,
+    damped_root,
+    gram_root,
+    relative_error,
+    solve_weighted,
+    truncate,
+)
 
 
 def statistics_of(dense: torch.Tensor, compressed: torch.Tensor) -> Statistics:
@@ -143,3 +152,35 @@ def test_relative_error_is_that_of_the_outputs():
     other = weight + 0.1 * torch.randn_like(weight)
     direct = float((dense @ (weight - other).T).norm() / (dense @ weight.T).norm())
     assert relative_error(weight, other, dense.T @ dense) == pytest.approx(direct, rel=1e-4)
+
+
+def test_a_singular_gram_matrix_of_gradients_is_no_error_at_any_damping_that_is_permitted():
+    """Sums in float32 of large gradients have negative eigenvalues far beyond 1e-6 of their mean diagonal."""
+    torch.manual_seed(0)
+    directions = torch.randn(256, 2)
+    gram = directions @ directions.T
+    gram = (gram + gram.T) / 2 - 3e-5 * torch.eye(256) * gram.diagonal().mean()  # as float32 leaves them
+    weight = torch.randn(256, 32, dtype=torch.float64)
+    inputs = torch.randn(300, 32, dtype=torch.float64)
+    statistics = statistics_of(inputs, inputs)
+    solve = METHODS["optimal"].prepare(statistics, Settings())
+    found = solve_weighted(solve, weight, 8, gram, Settings(gradient_damping=1e-6))
+    error = (found.u @ found.v - weight).square()
+    assert torch.isfinite(error).all()
+    assert any("not positive definite at damping 1e-06" in note for note in found.notes)
+    # What the gradients feel is kept best: the weight's part along their two directions.
+    basis = torch.linalg.qr(directions.double()).Q
+    felt = (basis.T @ (found.u @ found.v - weight)).norm() / (basis.T @ weight).norm()
+    assert felt < 0.01
+    exact = solve_weighted(solve, weight, 8, directions @ directions.T, Settings(gradient_damping=1e-2))
+    assert exact.notes == ()
+
+
+def test_the_clamped_root_is_the_root_of_what_is_positive():
+    vectors = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    values = torch.tensor([3.0, 1.0, 0.5, 0.0, -1e-4, -1e-3], dtype=torch.float64)
+    found = damped_root(vectors * values @ vectors.T, 1e-6)
+    wanted = vectors * (values.clamp(min=0) + 1e-6) @ vectors.T
+    torch.testing.assert_close(found.root @ found.root.T, wanted, rtol=0, atol=1e-12)
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(found.inverse @ found.root, eye, rtol=0, atol=1e-9)  # condition number 2e3, float64
