@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .allocate import Choices, choices, minimise
 from .errors import ConfigError, RankError
@@ -198,7 +199,7 @@ def squared_singular_values(layer: Layer) -> Tensor:
         small = root.T @ small @ root
     try:
         squared: Tensor = torch.linalg.eigvalsh(small)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise RankError(
             f"the singular values of {layer.name} cannot be computed ({error}); take the allocator uniform, or skip it"
         ) from error

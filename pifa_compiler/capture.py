@@ -106,7 +106,7 @@ def _dynamic_dims(batches: list[list[Any]]) -> list[list[int]]:
 def _example(batches: list[list[Any]], dynamic: list[list[int]]) -> list[Any]:
     """The inputs to capture with: what `torch.export` sees as 1 it takes for always 1, so no dynamic size is that."""
 
-    def ones(values: list[Any]) -> int:
+    def ones(values: Iterable[Any]) -> int:
         return sum(value.shape[dim] == 1 for value, dims in zip(values, dynamic, strict=True) for dim in dims)
 
     example = list(min(batches, key=ones))

@@ -35,6 +35,10 @@ _METADATA = frozenset(
 )
 """What the stand-in answers by itself."""
 
+_DATA, _GRAD, _IS_LEAF, _REQUIRES_GRAD = (
+    getattr(Tensor, name).__get__ for name in ("data", "grad", "is_leaf", "requires_grad")
+)
+
 _SHAPED = frozenset(
     {
         *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
@@ -82,7 +86,7 @@ class DenseWeight(Tensor):
 
     @staticmethod
     def _stand_in(shape: torch.Size, stride: Sequence[int], like: Tensor) -> "DenseWeight":
-        made: DenseWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DenseWeight = Tensor._make_wrapper_subclass(
             DenseWeight, shape, strides=stride, dtype=like.dtype, device=like.device, layout=torch.strided
         )
         return made
@@ -117,13 +121,13 @@ class DenseWeight(Tensor):
                 return func(*args, **kwargs)
         first = args[0] if args else None
         if isinstance(first, DenseWeight):
-            if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+            if func == _REQUIRES_GRAD:
                 return first._needs_gradient
-            if func == Tensor.is_leaf.__get__:  # type: ignore[attr-defined]
+            if func == _IS_LEAF:
                 return not first._needs_gradient
-            if func == Tensor.grad.__get__:  # type: ignore[attr-defined]
+            if func == _GRAD:
                 return None
-            if func is Tensor.detach or func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            if func is Tensor.detach or func == _DATA:
                 return first._detached()
             if func in _SHAPED:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -134,7 +138,7 @@ class DenseWeight(Tensor):
         return _read(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has no class to be called on
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # Code below Python's functions, or that switched them off, gets here. It can no longer differentiate.
@@ -168,7 +172,7 @@ class _RefuseWrites(TorchDispatchMode):
     """Refuses every operation that writes, by its schema, to a tensor in one of `storages`."""
 
     def __init__(self, storages: set[int], func: Callable[..., Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages, self.func = storages, func
 
     def __torch_dispatch__(

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .errors import RankError
 from .factors import PifaFactors, Pivoting, factorize, factorize_jointly
@@ -48,7 +48,7 @@ class GroupSolver:
         """
         try:
             return self._solve(group, statistics)
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise RankError(
                 f"the low-rank form of {weight_name(group.members[0])} cannot be computed ({error}); raise the "
                 "damping, calibrate on more tokens, or skip the layer"

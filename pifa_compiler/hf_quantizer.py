@@ -25,7 +25,7 @@ from .checkpoint_files import (
     check_tensors,
     refuse_pickles,
 )
-from .errors import CheckpointError
+from .errors import CheckpointError, WeightError
 from .exchange import Exchange
 from .linear import PifaLinear
 from .pairs import chain_of, identity_behind
@@ -294,9 +294,12 @@ class _Unloaded(PifaLinear):
     whether loaded or not. They get a stand-in to write on; the dense weight is not built, nor is its row order there.
     """
 
-    @property
-    def weight(self) -> Tensor:
+    def _dense_weight(self) -> Tensor:
         return torch.empty(self.out_features, self.in_features, device="meta", dtype=self.w_pivot.dtype)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise WeightError(f"a layer that is being loaded takes no weight, a {type(value).__name__} came; set it later")
 
 
 def _empty_layer(layer: LayerShape, dtype: torch.dtype) -> PifaLinear:

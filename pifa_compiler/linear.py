@@ -110,13 +110,17 @@ class PifaLinear(nn.Module):
 
         Reading is differentiable with respect to `w_pivot` and `coeff`. Writes raise `WeightError`: change the factors.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed(self.w_pivot):
-            return put_together(self.w_pivot, self.coeff, self.order)  # in a graph, what nobody reads costs nothing
-        return DenseWeight.of_factors(self.w_pivot, self.coeff, self.order)
+        return self._dense_weight()
 
     @weight.setter
     def weight(self, value: object) -> None:
         raise WeightError(_not_settable(value))
+
+    def _dense_weight(self) -> Tensor:
+        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if torch.compiler.is_compiling() or tracing or _is_transformed(self.w_pivot):
+            return put_together(self.w_pivot, self.coeff, self.order)  # in a graph, what nobody reads costs nothing
+        return DenseWeight.of_factors(self.w_pivot, self.coeff, self.order)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of every module, but that there can be no parameter `weight`.
@@ -130,8 +134,10 @@ class PifaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if torch.jit.is_scripting():  # torch.jit.script knows the operator, but none of its overloads by name
-            return torch.ops.pifa.linear(x, self.w_pivot, self.coeff, self.order, self.bias)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            # torch.jit.script knows the operator, but none of its overloads by name.
+            y: Tensor = torch.ops.pifa.linear(x, self.w_pivot, self.coeff, self.order, self.bias)
+            return y
         return linear(x, self.w_pivot, self.coeff, self.order, self.bias)
 
     def extra_repr(self) -> str:
