@@ -47,7 +47,7 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
         args, kwargs = _as_weights(((sample.input, *sample.args), sample.kwargs))
         name = f"{op.name}{'.' if op.variant_test_name else ''}{op.variant_test_name} {dtype} sample {i}"
         undefined = op.name in UNDEFINED
-        for form, function in _forms(op).items():
+        for form, function in forms(op).items():
             if one_kind and dtype.is_complex and form != "function":
                 continue
             program = Program(f"{name} {form}", _call(function), args, kwargs, undefined)
@@ -115,7 +115,7 @@ def eager_outcome(program: Program) -> Outcome | None:
         return None
 
 
-def _forms(op: Any) -> dict[str, Callable[..., Any]]:
+def forms(op: Any) -> dict[str, Callable[..., Any]]:
     forms = {
         "function": op.op,
         "method": op.method_variant,
