@@ -183,7 +183,9 @@ def _capture(model: nn.Module, example: Batch | None, report: Report) -> GraphMo
 
 
 def _trace(model: nn.Module, report: Report) -> GraphModule | None:
-    """The model's graph without an example; None, with a note in `report`, where its code needs values."""
+    """The model's graph without an example; None if it has no pairs, or, with a note, if its code needs values."""
+    if sum(map(is_plain_linear, model.modules())) < 2:
+        return None
     try:
         return trace(model)
     except Exception as error:  # noqa: BLE001  the model's own code, on values that are not there

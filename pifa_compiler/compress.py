@@ -188,8 +188,8 @@ def compress(
         if new is None and isinstance(model, GraphModule):
             exchange.graph(model)
             run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
-        for name, layer in (new or {}).items():
-            exchange.module(model, name, layer)
+        for name, module in (new or {}).items():
+            exchange.module(model, name, module)
         report.params_after = count_numbers(model)
         report.describe_rest(model, (*measured.notes, *captured.masks.notes()))
         describe_if_pretrained(model, report, exchange)

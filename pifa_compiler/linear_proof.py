@@ -103,8 +103,9 @@ def _value(node: Node, values: dict[Node, str]) -> str | None:
     operands = [*node.args, *(node.kwargs[key] for key in ("input", "weight", "bias") if key in node.kwargs)]
     arguments = [values.get(operand) if isinstance(operand, Node) else operand for operand in operands]
     if node.op == "call_function" and node.target is F.linear and len(operands) == len(node.args) + len(node.kwargs):
-        given = tuple(arguments) if len(arguments) == 3 else (*arguments, None)
-        return {("x", "W", None): "x W^T", ("x", "W", "b"): "x W^T + b"}.get(given)
+        if arguments in (["x", "W"], ["x", "W", None]):
+            return "x W^T"
+        return "x W^T + b" if arguments == ["x", "W", "b"] else None
     if node.kwargs or node.op not in ("call_function", "call_method"):
         return None
     if node.target in (operator.getitem, getattr):

@@ -128,6 +128,14 @@ class _Tracer(Tracer):
         return type(m) is PifaLinear or super().is_leaf_module(m, module_qualified_name)
 
 
+class _PartsTracer(Tracer):
+    """Traces a module's own code only: whatever it calls is one node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the module is one node of the graph."""
+        return True
+
+
 def _structure_of(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     """Modules like those of `module` that share its parameters; what their code sets is set on them."""
     if id(module) not in known:
@@ -143,10 +151,8 @@ def _traced_chain(module: nn.Module, training: bool) -> tuple[str, str] | None:
     stand_in = _structure_of(module, {})
     for part in stand_in.modules():
         part.training = training
-    tracer = _Tracer()
-    tracer.is_leaf_module = lambda m, name: True  # type: ignore[method-assign]  # the two linears, as they are
     try:
-        graph = tracer.trace(stand_in)
+        graph = _PartsTracer().trace(stand_in)
     except (torch.fx.proxy.TraceError, TypeError, AttributeError, ValueError, RuntimeError):
         return None  # its forward depends on values: it is more than a chain
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]

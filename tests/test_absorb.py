@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pifa_compiler as pc
-from pifa_compiler.absorb import absorb_orders, layer_sites
+from pifa_compiler.absorb import absorb_orders, enclosed_sites, layer_sites
 from pifa_compiler.capture import capture
+from pifa_compiler.enclosure import Enclosure
+from pifa_compiler.exchangeable import Exchangeable
 from pifa_compiler.linear import PifaLinear
 
 
@@ -126,3 +129,43 @@ def test_llama_has_orders_left_in_attention_and_down_only():
     assert {name.rpartition(".")[2] for site in sites for name in site.sources} == {"gate_proj", "up_proj"}
     assert all(site.readers[0].endswith("down_proj") for site in sites)
     assert absorb_orders(model, sites) == {}  # nothing is in PIFA form yet
+
+
+TEXT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MLPS = {
+    "LlamaForCausalLM": (TEXT, 1, 0),
+    "MistralForCausalLM": ({**TEXT, "num_key_value_heads": 1}, 1, 0),
+    "Qwen2ForCausalLM": ({**TEXT, "num_key_value_heads": 1}, 1, 0),
+    "GemmaForCausalLM": ({**TEXT, "num_key_value_heads": 1, "head_dim": 8}, 1, 0),
+    "GPT2LMHeadModel": ({"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}, 1, 0),
+    "GPTNeoXForCausalLM": (TEXT, 1, 0),
+    "PhiForCausalLM": (TEXT, 1, 0),
+    "OPTForCausalLM": ({**TEXT, "ffn_dim": 24, "word_embed_proj_dim": 16}, 1, 0),
+    "FalconForCausalLM": (TEXT, 1, 0),
+    "BertForMaskedLM": (TEXT, 0, 1),  # its two linears lie in two modules
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_the_code_of_transformers_shows_who_reads_the_hidden_features_of_an_mlp(name: str):
+    options, absorbed, kept = MLPS[name]
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**{**TOKENS, **options})).eval()
+    graph = capture(model, [torch.arange(8)[None]]).graph
+    sites, reasons = enclosed_sites(layer_sites(graph), Exchangeable(model, graph), Enclosure(model))
+    assert (len(sites), len(reasons)) == (absorbed, kept)
+    assert all("lie in different modules" in reason for reason in reasons.values())
+
+
+def test_the_model_is_not_touched_where_new_layers_are_made():
+    model, x = GatedMlp(pairs=True), torch.randn(5, 16)
+    pc.compact(model)  # without an example, orders stay
+    graph = capture(model, [x]).graph
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules, layers = list(model.modules()), {}
+    assert set(absorb_orders(model, layer_sites(graph), layers)) == {"gate", "up"}
+    assert layers.keys() == {"gate", "up", "down"}
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(model.get_submodule(name) is not layer for name, layer in layers.items())
