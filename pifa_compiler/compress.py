@@ -21,8 +21,9 @@ from .factors import PifaFactors, Pivoting
 from .group_solver import GroupSolver
 from .linears import count_numbers, is_plain_linear, layer_of, linears_in_order, module_at, weight_name
 from .numerics import own_numerics
-from .output_gradients import DenseStatistics, dense_statistics, find_predictions
+from .output_gradients import DenseStatistics, dense_statistics
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
+from .predictions import find_predictions
 from .report import LayerReport, Report
 from .sweep import Flow, Group, Progress, Sweep, groups
 from .targets import find_attention, find_linears, give_ranks

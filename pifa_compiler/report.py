@@ -91,22 +91,22 @@ class Report:
         method: how low-rank weights were made: a name in `METHODS`, or "lossless".
         density_requested: the budget asked for; None for a lossless run.
         layers: one entry a linear layer, in the model's order.
-        others: one entry for everything else that holds numbers, in the model's order.
         params_before, params_after: parameters and row orders of the whole model, shared ones counted once.
         seconds: wall time.
         activation_bytes: largest store of calibration activations held at once.
         notes: what was not tried, and why.
+        others: one entry for everything else that holds numbers, in the model's order.
     """
 
     method: str
     density_requested: float | None
     layers: list[LayerReport] = field(default_factory=list)
-    others: list[OtherReport] = field(default_factory=list)
     params_before: int = 0
     params_after: int = 0
     seconds: float = 0.0
     activation_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    others: list[OtherReport] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Adds to `notes` what is not there yet."""

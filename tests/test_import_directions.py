@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"capture", "sweep", "reconstruct", "hf_quantizer", "registration", "pruning", "pairs"}
     | {"checkpoint", "checkpoint_files", "atomic_folder"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
-    | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients", "token_masks"},
+    | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients", "predictions", "token_masks"},
     {"passes", "export"},
     {"factors", "dense_weight", "linear", "linears", "report", "errors", "output_place", "device", "numerics"}
     | {"linear_proof", "exchange", "exchangeable", "module_code", "enclosure", "enclosed_window"},
