@@ -45,7 +45,7 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     Raises:
         CalibrationError: there is no batch, or the batches differ in more than their shapes, or the graph that holds
             for one of them does not for another.
-        CaptureError: `torch.export` cannot express the model as one graph.
+        CaptureError: `torch.export` cannot express the model as one graph, or its weights are of inference mode.
     """
     calls = [_call_of(model, batch) for batch in batches]
     if not calls:
@@ -53,6 +53,12 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     flat = [pytree.tree_flatten(call) for call in calls]
     if any(spec != flat[0][1] for _, spec in flat):
         raise CalibrationError("all calibration batches must pass the same arguments; they differ in structure")
+    frozen = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if frozen is not None and not torch.is_inference_mode_enabled():
+        raise CaptureError(
+            f"{frozen} was made under torch.inference_mode(), where torch.export cannot follow it; make or load the model "
+            "outside of it, under torch.no_grad() if need be"
+        )
     inputs = [values for values, _ in flat]
     dynamic = _dynamic_dims(inputs)
     training = {module: module.training for module in model.modules()}

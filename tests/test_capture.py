@@ -101,3 +101,12 @@ def test_inputs_that_go_together_must_do_so_in_every_batch():
     batches = [(torch.randn(3, 4), torch.randn(3, 4)), (torch.randn(5, 4), torch.randn(6, 4))]
     with pytest.raises(CalibrationError, match=r"in batch 1 dimension 0 of y is 6, and would have to be 5"):
         capture(Together(), batches)
+
+
+def test_a_model_made_in_inference_mode_is_refused_with_the_way_out():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(
+        CaptureError, match=r"0\.weight was made under torch\.inference_mode\(\).*load the model outside"
+    ):
+        capture(model, [torch.randn(2, 4)])
