@@ -56,8 +56,8 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     frozen = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if frozen is not None and not torch.is_inference_mode_enabled():
         raise CaptureError(
-            f"{frozen} was made under torch.inference_mode(), where torch.export cannot follow it; make or load the model "
-            "outside of it, under torch.no_grad() if need be"
+            f"{frozen} was made under torch.inference_mode(), where torch.export cannot follow it; make or load the "
+            "model outside of it, under torch.no_grad() if need be"
         )
     inputs = [values for values, _ in flat]
     dynamic = _dynamic_dims(inputs)

@@ -106,7 +106,5 @@ def test_inputs_that_go_together_must_do_so_in_every_batch():
 def test_a_model_made_in_inference_mode_is_refused_with_the_way_out():
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(
-        CaptureError, match=r"0\.weight was made under torch\.inference_mode\(\).*load the model outside"
-    ):
+    with pytest.raises(CaptureError, match=r"0\.weight was made under .*inference_mode.*load the model outside"):
         capture(model, [torch.randn(2, 4)])
