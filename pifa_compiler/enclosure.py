@@ -97,7 +97,7 @@ class Enclosure:
         if naming[0] not in own or len(naming) > 1:
             users = " and ".join(sorted(function.__qualname__ for function in naming[:2]))
             return f"{users} use {_list(sorted(set().union(*(self._names(function, names) for function in naming))))}"
-        unknown = self._why_reaches((*own, *around))
+        unknown = self._why_reaches((*own, *around), helpers)
         if unknown is not None:
             return unknown
         tree = self._code.tree(naming[0])
@@ -115,7 +115,7 @@ class Enclosure:
             parent = self.model.get_submodule(above)
             if type(parent) not in _CONTAINERS:
                 around, helpers = self._functions_around(name)
-                unknown = self._why_reaches(around)
+                unknown = self._why_reaches(around, helpers)
                 if unknown is not None:
                     return unknown
                 for function in (*around, *helpers):
@@ -134,8 +134,10 @@ class Enclosure:
         found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == name]
         return all(_is_called(node, 0, above, tree, kinds) for node in found if resolve(node, function) is None)
 
-    def _why_reaches(self, functions: Sequence[FunctionType]) -> str | None:
-        for function in functions:
+    def _why_reaches(self, functions: Sequence[FunctionType], helpers: Sequence[FunctionType]) -> str | None:
+        """Which function may get at modules without naming them; of helpers, those beside the modules' own code."""
+        files = {function.__module__ for function in functions}
+        for function in (*functions, *(helper for helper in helpers if helper.__module__ in files)):
             word = self._code.reach(function)
             if word is not None:
                 return f"{function.__qualname__} may reach them by {word}"

@@ -25,7 +25,7 @@ from .checkpoint_files import (
     check_tensors,
     refuse_pickles,
 )
-from .errors import CheckpointError, WeightError
+from .errors import CheckpointError
 from .exchange import Exchange
 from .linear import PifaLinear
 from .pairs import chain_of, identity_behind
@@ -296,10 +296,6 @@ class _Unloaded(PifaLinear):
 
     def _dense_weight(self) -> Tensor:
         return torch.empty(self.out_features, self.in_features, device="meta", dtype=self.w_pivot.dtype)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise WeightError(f"a layer that is being loaded takes no weight, a {type(value).__name__} came; set it later")
 
 
 def _empty_layer(layer: LayerShape, dtype: torch.dtype) -> PifaLinear:

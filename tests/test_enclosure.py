@@ -216,6 +216,15 @@ class EncodesByAHelper(Mlp):
         return first_of(self, x)
 
 
+def all_of(mlp: Mlp) -> list[nn.Module]:
+    return list(mlp.children())
+
+
+class EncodesByAHelperWithoutNames(Mlp):
+    def encode(self, x: Tensor) -> Tensor:
+        return all_of(self)[0](x)
+
+
 class CustomActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x.roll(1, dims=-1) if self.training else x)
@@ -333,6 +342,7 @@ OPEN = {
     EncodesByAWrapper: "EncodesByAWrapper.encode and Mlp.forward use fc1, fc2",
     EncodesByAProperty: "EncodesByAProperty.encoder and Mlp.forward use fc1, fc2",
     EncodesByAHelper: "Mlp.forward and first_of use fc1, fc2",
+    EncodesByAHelperWithoutNames: "all_of may reach them by children",
     CallsAModuleOfItsOwn: "self.act (CustomActivation) is not known",
     WatchesTheActivation: "self.act has forward hooks",
     IsInALoop: "in a loop",
