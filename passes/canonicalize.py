@@ -67,6 +67,7 @@ class Canonicalize(Rewrite):
 
     def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
         """The operands of the linear."""
+        found: _Found | Skip | None
         if node.op == "call_module":
             found = self._match_module(gm, node)
         elif node.target in _LINEAR:

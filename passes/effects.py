@@ -62,6 +62,12 @@ _MODULES = (
     *(nn.LayerNorm, nn.RMSNorm, nn.Softmax, nn.Flatten),
 )
 
+_PLACES = (
+    *((torch, ""), (torch._C._nn, ""), (torch._C._VariableFunctions, "")),
+    *((torch.linalg, "linalg_"), (torch.fft, "fft_"), (torch.special, "special_")),
+)
+"""Where torch's built-in functions are, and how the names of those there begin."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
@@ -154,19 +160,16 @@ _ENTERS, _LEAVES = _levels("_increment_nesting"), _levels("_decrement_nesting")
 def _is_plain_module_call(node: Node) -> bool:
     module = node.graph.owning_module
     called = None if module is None else module.get_submodule(str(node.target))
-    return type(called) in _MODULES and not has_hooks(called) and not getattr(called, "inplace", False)
+    if called is None or type(called) not in _MODULES:
+        return False
+    return not has_hooks(called) and not getattr(called, "inplace", False)
 
 
 def _operator_behind(function: BuiltinFunctionType) -> OpOverloadPacket | None:
     """The ATen operator that a built-in function of torch calls; None for any other function."""
     name = function.__name__
-    places = (torch, torch._C._nn, torch._C._linalg, torch._C._fft, torch._C._special)
-    found = any(getattr(place, name, None) is function for place in places) or _is_variable_function(function)
+    found = any(getattr(place, name.removeprefix(prefix), None) is function for place, prefix in _PLACES)
     return getattr(aten, name, None) if found else None
-
-
-def _is_variable_function(function: BuiltinFunctionType) -> bool:
-    return getattr(function, "__self__", None) is torch._C._VariableFunctions
 
 
 def _is_pure(packet: OpOverloadPacket | None, kwargs: dict[str, Any]) -> bool:

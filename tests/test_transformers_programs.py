@@ -10,7 +10,7 @@ from pifa_compiler.passes import Record, Skip
 from torch import nn
 from torch._inductor import compile_fx
 
-# What these models and Dynamo warn of on the way (caches that are looked through, slow fallbacks) is the same without us.
+# What these models and Dynamo warn of on the way (caches looked through, slow fallbacks) is the same without us.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
