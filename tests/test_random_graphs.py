@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import CAPTURES, Capture, call, low_rank
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pifa_compiler.passes import DEFAULT_PASSES, Record, run_passes
 from programs import quiet, rewrites
@@ -33,14 +33,17 @@ class Weights(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        matrices = [torch.randn(WIDTH, WIDTH) / WIDTH**0.5, *(low_rank(WIDTH, WIDTH, rank) for rank in (2, 3, 1))]
+        matrices = [
+            torch.randn(WIDTH, WIDTH) / WIDTH**0.5,
+            *(low_rank(WIDTH, WIDTH, rank, dtype) for rank in (2, 3, 1)),
+        ]
         matrices.append(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
         held = [nn.Parameter(matrix.to(dtype), requires_grad=False) for matrix in matrices]
         self.matrices = nn.ParameterList([*held, held[1]])
         self.biases = nn.ParameterList(nn.Parameter(torch.randn(WIDTH, dtype=dtype), False) for _ in range(WEIGHTS))
         self.v, self.u = (nn.Parameter(torch.randn(s, dtype=dtype) / 2, False) for s in ((2, WIDTH), (WIDTH, 2)))
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, dtype=dtype).requires_grad_(False) for _ in range(2))
-        self.layers[0].weight.copy_(low_rank(WIDTH, WIDTH, 2))
+        self.layers[0].weight.copy_(low_rank(WIDTH, WIDTH, 2, dtype))
         self.layers.append(self.layers[0])
         factors = factorize(torch.randn(WIDTH, WIDTH, dtype=dtype) / 2, rank=4)
         self.pifa = PifaLinear.from_factors(factors, torch.randn(WIDTH, dtype=dtype), requires_grad=False)
@@ -129,7 +132,9 @@ class Program(nn.Module):
 # Recent values more often than early ones, and linears and writes more often than their number: -1 is the last value.
 VALUES = st.sampled_from([-1, -1, -1, -2, -2, -3, 0])
 NAMES = st.one_of(*(st.sampled_from(sorted(names)) for names in (LINEARS, LINEARS, FUNCTIONS, VIEWS, WRITES)))
-STEPS = st.lists(st.tuples(NAMES, VALUES, VALUES, st.integers(0, WEIGHTS - 1)), min_size=1, max_size=9)
+STEPS = st.lists(
+    st.tuples(NAMES, VALUES, VALUES, st.sampled_from([1, 1, 1, 2, 2, *range(WEIGHTS)])), min_size=1, max_size=9
+)
 OUTPUTS = st.lists(VALUES, max_size=2)
 PIPELINES = st.one_of(
     st.just(list(DEFAULT_PASSES)),
@@ -168,14 +173,21 @@ def check(
 
 
 def drawn(examples: int) -> Callable[[Any], Any]:
-    """The same examples at every run."""
+    """The same examples at every run, and some where a weight is written and then read, itself or as the tied one."""
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
     kept = settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=health)
-    return lambda test: given(STEPS, OUTPUTS, PIPELINES, DTYPES)(kept(test))
+
+    def decorate(test: Any) -> Any:
+        for write, weight in (("weight", 1), ("row of a weight", 5), ("alias of a weight", 2), ("product out", 1)):
+            steps = [(write, -1, -1, weight), ("linear", -1, -1, 1 if weight == 5 else weight)]
+            test = example(steps, [0], list(DEFAULT_PASSES), torch.float64)(test)
+        return given(STEPS, OUTPUTS, PIPELINES, DTYPES)(kept(test))
+
+    return decorate
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-@drawn(50)
+@drawn(100)
 def test_the_passes_keep_what_random_graphs_do(name: str, steps: Any, outputs: Any, pipeline: Any, dtype: Any):
     check(CAPTURES[name], steps, outputs, pipeline, dtype)
 
