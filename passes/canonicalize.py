@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
@@ -57,18 +58,20 @@ class Canonicalize(Rewrite):
     works_in_transforms = True  # it names the operator that the call ends in
 
     def candidates(self, gm: GraphModule) -> Iterable[Node]:
-        """Calls of `targets`, and calls of `nn.Linear` modules."""
+        """Calls of `targets`, of `nn.Linear` modules, and of operators that call graphs of their own."""
         return [
             node
             for node in gm.graph.nodes
-            if (node.op == "call_function" and node.target in self.targets)
+            if (node.op == "call_function" and (node.target in self.targets or _calls_graphs(node)))
             or (node.op == "call_module" and type(gm.get_submodule(str(node.target))) is nn.Linear)
         ]
 
     def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
         """The operands of the linear."""
         found: _Found | Skip | None
-        if node.op == "call_module":
+        if _calls_graphs(node):
+            found = _linears_within(gm, node)
+        elif node.op == "call_module":
             found = self._match_module(gm, node)
         elif node.target in _LINEAR:
             found = self._match_linear(gm, node)
@@ -137,6 +140,20 @@ class Canonicalize(Rewrite):
         x, matrix = arguments
         base, transposed = _fold_transposes(gm, matrix)
         return _Found(x, base, not transposed, None) if isinstance(x, Node) and _is_weight(gm, base) else None
+
+
+def _calls_graphs(node: Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator)
+
+
+def _linears_within(gm: GraphModule, node: Node) -> Skip | None:
+    """A record of linears in the graphs that an operator calls, such as the block of a gradient checkpoint."""
+    targets = (*Canonicalize.targets, torch.ops.pifa.linear.default)
+    for operand in node.all_input_nodes:
+        graph = getattr(gm, str(operand.target), None) if operand.op == "get_attr" else None
+        if isinstance(graph, GraphModule) and any(inner.target in targets for inner in graph.graph.nodes):
+            return Skip(f"linears in the graph that {node.target} calls are left as they are")
+    return None
 
 
 _FURTHER = "the call has arguments that a linear does not have, such as out="

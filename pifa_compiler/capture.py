@@ -62,9 +62,9 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     inputs = [values for values, _ in flat]
     dynamic = _dynamic_dims(inputs)
     training = {module: module.training for module in model.modules()}
-    for module in training:
-        module.training = False  # not eval(): exported graphs refuse to be called so
     try:
+        for module in training:
+            module.training = False  # not eval(): exported graphs refuse to be called so
         graph = _export(model, _example(inputs, dynamic), flat[0][1], dynamic)
     finally:
         for module, mode in training.items():

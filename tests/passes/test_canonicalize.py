@@ -2,13 +2,14 @@ import operator
 
 import pytest
 import torch
-from graphs import Capture, call, capture_by_export, op_counts
+from graphs import Capture, call, capture_by_dynamo, capture_by_export, op_counts
 from pifa_compiler.passes import Canonicalize, Skip, run_passes
 from pifa_compiler.passes.weights import CHANGED, COMPUTED, Weight, weight_of
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
 
@@ -240,3 +241,20 @@ def test_a_weight_in_whose_memory_another_buffer_is_written_is_changed():
     run_passes(gm, [Canonicalize()])
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert weight_of(gm, linear.args[1]) == CHANGED
+
+
+def test_linears_in_a_graph_within_the_graph_are_told_of():
+    model, x = nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    gm = capture_by_dynamo(Checkpointed(), (x,))
+    (record,) = run_passes(gm, [Canonicalize()])
+    assert record.outcome == Skip("linears in the graph that tag_activation_checkpoint calls are left as they are")
+    assert_close(call(gm, x), model(x))
