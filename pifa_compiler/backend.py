@@ -241,8 +241,12 @@ class _Compiled:
     def _dense(self, args: Sequence[Any], example_inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
         """The graph with no weight rewritten; one serves all weights."""
         if self._shared is None:
-            self._shared = self._compile(_copy_module(self._captured), example_inputs or self._example_inputs(args))
+            self._shared = self._compile(self._unrewritten(), example_inputs or self._example_inputs(args))
         return self._shared
+
+    def _unrewritten(self) -> GraphModule:
+        """The graph as it came: nothing is spelled differently for no gain."""
+        return _copy_module(self._captured)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.source import SyntheticLocalSource

@@ -489,7 +489,7 @@ def test_tensor_subclasses_are_left_with_a_record():
 # torch's own, of what it calls for these transforms (torch 2.13)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")
-@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian, torch.vmap], ids=str)
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian, torch.vmap])
 @pytest.mark.parametrize("form", ["weight", "layer"])
 def test_transforms_of_torch_func(transform: Callable[..., Callable[..., Tensor]], form: str):
     layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
