@@ -50,7 +50,7 @@ def _full_precision() -> Iterator[None]:
         if products is not None:
             torch.set_float32_matmul_precision("highest")
         if convolutions is not None:
-            torch.backends.cudnn.allow_tf32 = False
+            _allow_tf32_in_convolutions(False)
         for settings in _PRECISIONS:
             settings.fp32_precision = "ieee"
         yield
@@ -58,9 +58,14 @@ def _full_precision() -> Iterator[None]:
         if products is not None:
             torch.set_float32_matmul_precision(products)
         if convolutions is not None:
-            torch.backends.cudnn.allow_tf32 = convolutions
+            _allow_tf32_in_convolutions(convolutions)
         for settings, precision in zip(_PRECISIONS, each, strict=True):
             settings.fp32_precision = precision
+
+
+def _allow_tf32_in_convolutions(allow: bool) -> None:
+    # An assignment to `torch.backends.cudnn.allow_tf32` is refused after `torch.backends.disable_global_flags`.
+    torch._C._set_cudnn_allow_tf32(allow)
 
 
 def _older_switch(read: Callable[[], _Setting]) -> _Setting | None:

@@ -142,3 +142,11 @@ def test_gradients_are_taken_inside_only_where_they_are_asked_for():
     with own_numerics():
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_precision_is_set_where_assignments_to_flags_are_forbidden(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)  # as after disable_global_flags
+    before = torch.backends.cudnn.allow_tf32
+    with own_numerics():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
