@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint types bench
+.PHONY: demo test test-all lint types bench docs
 
 demo: .venv/.installed
 	$(BIN)/pifa demo
@@ -23,6 +23,10 @@ types: .venv/.installed
 	rm -rf build/lib build/types
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
+
+# The tables in README.md and docs/, from the rows in benchmarks/results and from the command line.
+docs: .venv/.installed
+	$(BIN)/python benchmarks/tables.py
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/kernel_figures.py
