@@ -108,7 +108,12 @@ def build(name: str) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
     return model, calls
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+QUICK = {"Llama", "GPT2", "BERT", "ViT"}  # one of each kind of linear, of mask and of output
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_every_architecture_is_compressed_and_compiled(name):
     model, calls = build(name)
     dense = logits_of(model, calls[0])

@@ -77,7 +77,12 @@ def compare(name: str) -> None:
     assert len(done) > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {"Mamba", "Jamba", "Llama", "Mixtral", "Gemma3Text", "DeepseekV3", "T5", "Falcon", "GPT2", "Bert"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_a_model_computes_the_same_behind_all_passes(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, example_inputs, **options: gm.forward)
     compare(name)
