@@ -197,7 +197,7 @@ def options(*path: str) -> str:
             value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
             written = [*parameter.opts, *parameter.secondary_opts]
             name = ", ".join(f"`{each}{value}`" for each in written)
-            unset = parameter.default in (None, False, ()) or parameter.required
+            unset = parameter.default is None or parameter.default == () or parameter.required
             default = "" if unset or parameter.is_flag else f"`{parameter.default}`"
         lines.append([name, default, " ".join((parameter.help or "").split()).replace("|", "\\|")])
     return table(["argument", "default", "meaning"], lines)
