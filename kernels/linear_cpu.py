@@ -3,9 +3,8 @@
 It takes what `pifa::linear` takes but a bias: adding one is left to whatever elementwise code follows. float32,
 bfloat16 and float16; no gradients.
 
-Why native code, where ATen has GEMMs (one core with avx512, r = d/2): for 2 to 8 tokens ATen streams the weights at a
-third of the memory's rate; and in the plain subgraph Inductor copies y_p into the joint buffer and undoes the row order
-element by element, at 3.4 ns an element of float32 where a copy takes 0.4.
+Why native code, where ATen has GEMMs: for a few tokens ATen streams the weights far below the memory's rate; and in the
+plain subgraph Inductor copies y_p into the joint buffer and undoes the row order element by element (`docs/speed.md`).
 """
 
 import functools

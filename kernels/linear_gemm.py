@@ -5,9 +5,9 @@
 The result is in *stored* order: undoing it, and a bias, are left to whatever elementwise code follows. Unlike in the
 plain subgraph nothing is concatenated: a GEMM writes rows with a stride at no cost.
 
-On an H200 in bf16 at r = d/2 it takes 0.85 to 0.98 of the low-rank pair's time at 16 tokens, 0.86 to 0.96 at 128, 0.77
-to 0.91 at 512 and 0.75 to 0.78 at 4096 (d = 8192 to 2048); our best Triton tile is slower, or within 1% of it
-(`benchmarks/results/gpu_tiles.csv`). float16, bfloat16 and float32 on any device; no gradients.
+For several tokens it is as fast as our best Triton tile on the GPU that timed both, or faster (`docs/speed.md`).
+
+float16, bfloat16 and float32 on any device; no gradients.
 """
 
 import torch

@@ -4,8 +4,8 @@
 
 The second GEMM reads y_p back out of y, whose first r columns it is: in the dtype of x, because tensor cores multiply
 only what agrees in dtype with `coeff`; sums are float32. Order and bias are operations of ATen behind the kernels:
-Inductor fuses them into whatever takes the result. Kernels that stored their columns in order took three times as long
-(H200, bf16, d = 4096, 4096 tokens: 477 us, 148 without an order; `benchmarks/results/gpu.csv`).
+Inductor fuses them into whatever takes the result. Kernels that stored their columns in order took far longer than
+their products (`docs/speed.md`).
 """
 
 from functools import cache
