@@ -68,10 +68,9 @@ def build_cpu(gm: GraphModule, node: Node) -> Node:
 def choose_on_gpu(case: Case) -> Build | Skip:
     """On a GPU, NVIDIA's or AMD's, the decode kernel for one token, and two library GEMMs for more or unknown many.
 
-    Measured on an H200 in bf16 at r = d/2 (`benchmarks/results/gpu_tiles.csv`): for one token the kernel takes 0.80 and
-    0.83 of cuBLAS's dense time at d = 4096 and 8192 and as long at 2048; for more the GEMMs are faster than the best
-    tile of ours, or within 1% of it. Where `torch._inductor.config.max_autotune` is set the kernels are taken for any
-    number of tokens, and their tiles timed.
+    By what an H200 measured (`docs/speed.md`): for one token the kernel is ahead of cuBLAS's dense product or even with
+    it; for more the GEMMs are as fast as the best tile of ours or faster. Where `torch._inductor.config.max_autotune`
+    is set the kernels are taken for any number of tokens, and their tiles timed.
     """
     from torch._inductor import config
 
@@ -98,7 +97,7 @@ def build_triton(gm: GraphModule, node: Node) -> Node:
 def build_gemm(gm: GraphModule, node: Node) -> Node:
     """The operator `pifa::linear_gemm`; behind it the order and the bias, which Inductor fuses into what follows.
 
-    A kernel that stored its columns in order took three times as long as its products (`benchmarks/results/gpu.csv`).
+    A kernel that stored its columns in order took far longer than its products (`benchmarks/results/gpu.csv`).
     """
     *operands, order, bias = node.args
     result = gm.graph.call_function(torch.ops.pifa.linear_gemm.default, tuple(operands))

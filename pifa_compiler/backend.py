@@ -1,9 +1,9 @@
 """The `torch.compile` backend: `torch.compile(model, backend="pifa")`, found by name without importing this package.
 
-It rewrites the captured graph by the passes of `passes.DEFAULT_PASSES` and hands it to Inductor. Layers that are in
-PIFA form already are lowered; pairs of low-rank factors and single weights of deficient rank are brought into PIFA form
-first, without loss. Factors made here are constants of the compiled code, so every call checks that the weights they
-were made from are still the same tensors, unchanged (see `_Compiled`).
+It rewrites the captured graph by passes, in the order of `passes.DEFAULT_PASSES`, and hands it to Inductor. Layers that
+are in PIFA form already are lowered; pairs of low-rank factors and single weights of deficient rank are brought into
+PIFA form first, without loss. Factors made here are constants of the compiled code, so every call checks that the
+weights they were made from are still the same tensors, unchanged (see `_Compiled`).
 """
 
 import copy
@@ -97,9 +97,11 @@ def pifa(
 ) -> Callable[..., Any]:
     """Compiles a captured graph by Inductor, its low-rank linears in PIFA form; a backend of `torch.compile`.
 
-    Weights that require grad are left as they are; layers that are in PIFA form already can be trained. A weight that
-    is changed in place after compilation falls back to the code without it, with a warning. In-place writes through
-    `.data` leave no trace that could be checked: call `torch.compiler.reset()` after those.
+    Weights that require grad are left as they are, and so are tensors of subclasses, weights that the graph may write
+    to, and whatever runs within a transform of `torch.func`; layers that are in PIFA form already can be trained. Where
+    no weight is rewritten the graph goes to Inductor as it came. A weight that is changed in place after compilation
+    falls back to the code without it, with a warning. In-place writes through `.data` leave no trace that could be
+    checked: call `torch.compiler.reset()` after those.
 
     Args:
         gm: the graph; it is not changed.
