@@ -131,14 +131,13 @@ class _NewLayers:
                 self.report.layers[index] = replace(layer, notes=(*layer.notes, note))
 
     def _add_singular_parts(self, pair: Pair) -> bool:
-        """Whether one of a pair's linears is singular by itself; then both are reported as single ones."""
+        """Whether one of a pair's linears is singular by itself; then both are left to `add_singular`."""
         parts = {name: self.model.get_submodule(name) for name in (pair.first, pair.second)}
         entries = [self._add_if_singular(name, module) for name, module in parts.items()]
         if all(entry.rank is None for entry in entries):
             return False
         for name in parts:
             del self._places[name]
-        self.report.layers += entries
         return True
 
     def _add_if_singular(self, name: str, module: nn.Module) -> LayerReport:

@@ -46,9 +46,19 @@ class Pair:
 def find_pairs(
     model: nn.Module, graph: GraphModule, exchangeable: Exchangeable, enclosure: Enclosure
 ) -> Iterator[Pair]:
-    """The pairs that a graph of the model shows, each linear in one of them at most."""
-    uses = uses_of_weights(graph)
+    """The pairs that a graph shows, each linear in one of them: in one that can be one layer where there is one."""
+    found = list(_all_pairs(model, graph, exchangeable, enclosure))
     taken: set[str] = set()
+    for pair in sorted(found, key=lambda pair: pair.reason is not None):
+        if not {pair.first, pair.second} & taken:
+            taken |= {pair.first, pair.second}
+            yield pair
+
+
+def _all_pairs(
+    model: nn.Module, graph: GraphModule, exchangeable: Exchangeable, enclosure: Enclosure
+) -> Iterator[Pair]:
+    uses = uses_of_weights(graph)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         inner = node.args[0]
         if not isinstance(inner, Node) or inner.target is not node.target or list(inner.users) != [node]:
@@ -56,8 +66,6 @@ def find_pairs(
         weights = [weight_name(linear) for linear in (inner, node)]
         first, second = (weight.removesuffix(".weight") for weight in weights)
         if any(uses[weight] > 1 or not is_plain_linear(module_at(model, weight[:-7])) for weight in weights):
-            continue
-        if {first, second} & taken:
             continue
         called_by = {caller_of_layer(inner, first), caller_of_layer(node, second)}
         place = first.rpartition(".")[0]
@@ -69,7 +77,6 @@ def find_pairs(
             if reason is None and (left := exchangeable.why_not(name)) is not None:
                 reason = f"{name}: {left}"
         reason = reason or enclosure.why_open((first,), (second,), called_by)
-        taken |= {first, second}
         yield Pair(first, second, place, reason)
 
 

@@ -327,3 +327,15 @@ def test_a_model_that_cannot_be_traced_without_an_example_asks_for_one():
     assert any("cannot be traced without an example, give one" in note for note in report.notes)
     assert vars(model).keys() == attributes
     assert "seen" not in vars(model)
+
+
+def test_a_linear_in_front_of_a_pair_does_not_take_it_apart_and_no_layer_is_reported_twice():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 6, bias=False), nn.Linear(6, 24), nn.Linear(24, 24))
+    model[3].weight.data = torch.randn(24, 4) @ torch.randn(4, 24) / 10  # singular by itself
+    x = torch.randn(5, 32)
+    wanted = model(x)
+    report = pc.compact(model, x)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+    assert sorted(layer.name for layer in report.layers) == ["0", "1", "3"]
+    assert {layer.name for layer in report.factorized} == {"1", "3"}
