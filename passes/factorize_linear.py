@@ -65,13 +65,13 @@ class FactorizeLinear(Rewrite):
 
 def detect(weight: Tensor) -> PifaFactors | Skip:
     """The factors of a weight [out, in] of clearly deficient rank, or why there are none."""
-    if not bool(torch.isfinite(weight).all()):
-        return Skip("weight holds NaN or Inf")
     try:
         d_out, d_in = weight.shape
         most = rank_for_density(d_out, d_in, LARGEST_SHARE)
-        if rank_exceeds(weight, most):
+        if rank_exceeds(weight, most):  # never true of a part that holds NaN
             return FULL_RANK
+        if not bool(torch.isfinite(weight).all()):
+            return Skip("weight holds NaN or Inf")
         rank = numerical_rank(weight)
         return factorize(weight, rank=rank) if 0 < rank <= most else FULL_RANK
     except RankError as error:
