@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from ..kernels import linear as _registers_the_operator  # noqa: F401
-from .effects import may_write
+from .effects import ELEMENTWISE_MODULES, may_write
 from .rewrite import Rewrite, Skip
 from .weights import constant_at, store_tensor, tensor_at, value_of
 
@@ -39,10 +39,6 @@ _FUNCTIONS = {
     *(torch.abs, torch.neg, torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.clamp),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.abs),
 }
-_ELEMENTWISE_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh),
-    *(nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout, nn.Identity),
-)
 _MOVES_NOTHING = (aten.clone.default, aten._to_copy.default, aten.contiguous.default)
 
 
@@ -159,7 +155,7 @@ def _order_of(gm: GraphModule, source: Node) -> Tensor | None:
 def _is_elementwise(node: Node) -> bool:
     if node.op == "call_module" and node.graph.owning_module is not None:
         module = node.graph.owning_module.get_submodule(str(node.target))
-        return type(module) in _ELEMENTWISE_MODULES and not may_write(node) and not _draws(module)
+        return type(module) in ELEMENTWISE_MODULES and not may_write(node) and not _draws(module)
     if node.op not in ("call_function", "call_method") or may_write(node):
         return False
     target = node.target

@@ -56,11 +56,13 @@ _METHODS = {
 }
 """Methods of tensors that write nothing and have no ATen operator of their name."""
 
-_MODULES = (
-    *(nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout),
-    *(nn.LayerNorm, nn.RMSNorm, nn.Softmax, nn.Flatten),
+ELEMENTWISE_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh),
+    *(nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout, nn.Identity),
 )
+"""Modules of torch that do the same to every feature, whatever the order."""
+
+_MODULES = (*ELEMENTWISE_MODULES, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Softmax, nn.Flatten)
 
 _PLACES = (
     *((torch, ""), (torch._C._nn, ""), (torch._C._VariableFunctions, "")),

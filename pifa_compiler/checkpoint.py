@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,8 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
         format_version=2 if pairs else 1,
         pairs=pairs,
     )
-    if exchange is None:
-        with Exchange() as own:
-            attach(model, config, own)
-    else:
-        attach(model, config, exchange)
+    with Exchange() if exchange is None else nullcontext(exchange) as block:
+        attach(model, config, block)
     settings: dict[str, Any] = config.to_dict()
     return settings
 

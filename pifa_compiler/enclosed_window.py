@@ -15,11 +15,8 @@ from torch.nn import functional as F
 
 from .exchangeable import why_marked
 from .module_code import parents, resolve
+from .passes.effects import ELEMENTWISE_MODULES
 
-_ELEMENTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh),
-    *(nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Dropout, nn.Identity),
-)
 _NAMESPACES = (torch, F, torch._C._nn, torch.special, operator)
 _OBSERVERS = {"register_hook", "retain_grad", "backward", "register_post_accumulate_grad_hook", "share_memory_"}
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous", "clone"}
@@ -29,7 +26,7 @@ _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.As
 
 def is_elementwise(module: nn.Module) -> bool:
     """Whether a module does the same to every feature, in training too: an activation or a dropout that is known."""
-    return type(module) in _ELEMENTWISE or type(module).__module__ == "transformers.activations"
+    return type(module) in ELEMENTWISE_MODULES or type(module).__module__ == "transformers.activations"
 
 
 def is_of_torch(function: object) -> bool:

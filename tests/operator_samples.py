@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from programs import Outcome, Program, copied, observe, quiet, states
+from pifa_compiler.passes import Record
+from programs import Outcome, Program, copied, finding, observe, quiet, states
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves, tree_map
@@ -184,3 +185,13 @@ def _as_weights(value: Any) -> Any:
         return leaf.detach() if len(seen) == 1 else nn.Parameter(leaf.detach().clone(), requires_grad=False)
 
     return tree_map(replace, copied(value))
+
+
+def finding_of_ours_alone(program: Program, other: str, report: list[Record]) -> str | None:
+    """What the backend does to a program that the backend `other` does not, in one line; None if nothing."""
+    want = eager_outcome(program)
+    assert want is not None
+    ours = finding(program, want, "pifa", report)
+    if ours is None or finding(program, want, other) is not None:
+        return None
+    return f"{program.name}: {ours}"

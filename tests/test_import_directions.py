@@ -18,12 +18,13 @@ LAYERS: tuple[set[str], ...] = (
     {"compress", "compact", "backend"},
     {"absorb", "group_solver", "targets"},
     {"capture", "sweep", "reconstruct", "hf_quantizer", "registration", "pruning", "pairs"}
+    | {"enclosure", "enclosed_window"}
     | {"checkpoint", "checkpoint_files", "atomic_folder"}
     | {"pretrained", "calibration", "perplexity", "smollm2"}
     | {"allocate", "allocators", "causal_attention", "graph_run", "output_gradients", "predictions", "token_masks"},
     {"passes", "export"},
     {"factors", "dense_weight", "linear", "linears", "report", "errors", "output_place", "device", "numerics"}
-    | {"linear_proof", "exchange", "exchangeable", "module_code", "enclosure", "enclosed_window"},
+    | {"linear_proof", "exchange", "exchangeable", "module_code"},
     {"kernels"},
 )
 STRANGERS = {"passes", "export"}  # of one layer, and yet they never see each other

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from operator_samples import eager_outcome, modules, programs_of_module
+from operator_samples import finding_of_ours_alone, modules, programs_of_module
 from pifa_compiler.passes import Record
-from programs import Program, finding, passes_alone, quiet, rewrites
+from programs import Program, passes_alone, quiet, rewrites
 
 CHUNKS, SLOW_CHUNKS = 8, 32
 
@@ -14,15 +14,6 @@ CHUNKS, SLOW_CHUNKS = 8, 32
 def programs(chunk: int, chunks: int, samples: int) -> Iterator[Program]:
     for info in modules()[chunk::chunks]:
         yield from programs_of_module(info, torch.float32, samples)
-
-
-def finding_of_ours_alone(program: Program, other: str, report: list[Record]) -> str | None:
-    want = eager_outcome(program)
-    assert want is not None
-    ours = finding(program, want, "pifa", report)
-    if ours is None or finding(program, want, other) is not None:
-        return None
-    return f"{program.name}: {ours}"
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

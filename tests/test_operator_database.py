@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from operator_samples import eager_outcome, operators, programs_of, with_low_rank_weights
+from operator_samples import finding_of_ours_alone, operators, programs_of, with_low_rank_weights
 from pifa_compiler.passes import Record
-from programs import Program, finding, passes_alone, quiet, rewrites, without_code_generation
+from programs import Program, passes_alone, quiet, rewrites, without_code_generation
 
 DTYPES = (torch.float32, torch.complex64)
 CHUNKS, SLOW_CHUNKS = 16, 64
@@ -38,15 +38,6 @@ def findings(program: Program, other: str) -> tuple[list[str], int]:
         if low_rank is not None:
             found.append(finding_of_ours_alone(low_rank, other, report))
     return [line for line in found if line is not None], rewrites(report, "FactorizeLinear", "FactorizePair")
-
-
-def finding_of_ours_alone(program: Program, other: str, report: list[Record]) -> str | None:
-    want = eager_outcome(program)
-    assert want is not None
-    ours = finding(program, want, "pifa", report)
-    if ours is None or finding(program, want, other) is not None:
-        return None
-    return f"{program.name}: {ours}"
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
