@@ -17,8 +17,8 @@ import torch
 from pifa_compiler.kernels import linear_cpu
 from torch import Tensor, nn
 
-from pifa_compiler.bench_model import ModelPlan, model_variants, open_model
-from pifa_compiler.bench_rows import provenance
+from pifa_compiler.bench.model import ModelPlan, model_variants, open_model
+from pifa_compiler.bench.rows import provenance
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from pifa_compiler.bench_rows import provenance
+from pifa_compiler.bench.rows import provenance
 from pifa_compiler.factors import factorize
 
 

@@ -15,11 +15,11 @@ import torch
 from pifa_compiler.kernels import linear_cpu
 from torch import Tensor
 
-from pifa_compiler.bench_rows import provenance
-from pifa_compiler.bench_timing import DTYPES
+from pifa_compiler.bench.rows import provenance
+from pifa_compiler.bench.timing import DTYPES
 from pifa_compiler.factors import factorize, rank_for_density
-from pifa_compiler.linears import is_plain_linear, weight_of
-from pifa_compiler.pretrained import load_model
+from pifa_compiler.hf.loading import load_model
+from pifa_compiler.modules import is_plain_linear, weight_of
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..kernels.cache_folder import folder_for
+from ..cache import folder_for
 
 SOURCE = Path(__file__).with_name("pifa_scatter.c")
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, ExportError
+from ..files import atomic_files
 from . import onnx_ops
 from .causal_lm import CausalLm, CausalLmWithCache, is_causal_lm
 from .onnx_check import largest_error
-from .onnx_file import atomic_files, check_model, check_target, data_file
+from .onnx_file import check_model, check_target, data_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +109,7 @@ def to_onnx(
         if not functions:
             _inline(written)
         error = None
-        with atomic_files(final) as partial:
+        with atomic_files(final, data_file(final), ExportError) as partial:
             _save(written, partial, external_data)
             check_model(partial)
             if check:

@@ -5,15 +5,11 @@ A file is written into a folder beside its place, checked there, and moved: `mod
 """
 
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ExportError
-from ..output_place import check_place
+from ..files import check_place
 
 if TYPE_CHECKING:
     import onnx
@@ -43,29 +39,6 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 def data_file(path: Path) -> Path:
     """Where the weights of the model at `path` lie if they are external."""
     return path.with_name(path.name + DATA_SUFFIX)
-
-
-@contextmanager
-def atomic_files(final: Path) -> Iterator[Path]:
-    """A path in a new folder beside `final`, of the same name; what is there at the end is moved to its place.
-
-    If the block fails or is interrupted nothing is left of it.
-
-    Raises:
-        ExportError: any OSError while writing.
-    """
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial / final.name
-        if not (partial / data_file(final).name).exists():
-            data_file(final).unlink(missing_ok=True)  # of a file that is replaced
-        for file in sorted(partial.iterdir(), reverse=True):  # weights before the graph that names them
-            os.replace(file, final.with_name(file.name))
-    except OSError as error:
-        raise ExportError(f"{final} could not be written: {error}; make room or choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_model(path: Path) -> None:

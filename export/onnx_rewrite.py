@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ExportError, RankError
 from ..factors import PifaFactors, factorize, stored_numbers
+from ..files import atomic_files
 from . import onnx_ops
-from .onnx_file import atomic_files, check_model, check_target, data_file, read_model
+from .onnx_file import check_model, check_target, data_file, read_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -109,7 +110,7 @@ def rewrite_onnx(
     RemoveUnusedNodesPass()(model)  # the products that were replaced, and their weights
     model.ir_version = max(model.ir_version or 0, OLDEST_IR_VERSION)
     onnx_ops.attach_functions(model)
-    with atomic_files(final) as partial:
+    with atomic_files(final, data_file(final), ExportError) as partial:
         ir.save(model, partial, external_data=data_file(partial).name if external else None)
         check_model(partial)
     return OnnxRewrite(str(final), records, before, after, time.perf_counter() - started)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cache import folder_for
 from . import linear as _defines_the_library  # noqa: F401
-from .cache_folder import folder_for
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from ..errors import RankError
 from ..factors import PifaFactors, factorize, numerical_rank, rank_for_density
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .rewrite import Rewrite, Skip
-from .weights import SUBCLASS, Weight, is_subclass, release, store_factors, weight_of
+from .weights import SUBCLASS, Weight, is_subclass, read_weight, release, store_factors
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ class FactorizeLinear(Rewrite):
 
     def match(self, gm: GraphModule, node: Node) -> tuple[Weight, PifaFactors] | Skip:
         """The weight and its factors."""
-        weight = weight_of(gm, node.args[1])
+        weight = read_weight(gm, node.args[1])
         if isinstance(weight, Skip):
             return weight
         if is_subclass(gm, node.args[0]):

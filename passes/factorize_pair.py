@@ -8,7 +8,7 @@ from ..factors import PifaFactors, factorize, stored_numbers
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .effects import writes_between
 from .rewrite import Rewrite, Skip
-from .weights import SUBCLASS, Weight, is_subclass, release, store_factors, weight_of
+from .weights import SUBCLASS, Weight, is_subclass, read_weight, release, store_factors
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ class FactorizePair(Rewrite):
         inner = node.args[0]
         if not isinstance(inner, Node) or inner.target is not aten.linear.default:
             return None
-        u, v = weight_of(gm, node.args[1]), weight_of(gm, inner.args[1])
+        u, v = read_weight(gm, node.args[1]), read_weight(gm, inner.args[1])
         if isinstance(u, Skip):
             return u
         if isinstance(v, Skip):

@@ -1,4 +1,4 @@
-"""How passes see weights: `weight_of` reads the weight of a linear, `store_factors` puts factors where it stood.
+"""How passes see weights: `read_weight` reads the weight of a linear, `store_factors` puts factors where it stood.
 
 Captures hand weights over in three ways: as attributes of the graph module (`get_attr`), as inputs of the graph that a
 caller binds to real tensors (`bind_inputs`), or computed in the graph. Fake tensors are never read.
@@ -57,7 +57,7 @@ def bind_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
 
 
 def withhold(node: Node, reason: Skip) -> None:
-    """Makes `weight_of` answer `reason` for the weight that `node` holds."""
+    """Makes `read_weight` answer `reason` for the weight that `node` holds."""
     node.meta[_WITHHELD] = reason
 
 
@@ -105,7 +105,7 @@ def is_subclass(gm: GraphModule, node: Any) -> bool:
     return value is not None and not is_plain(value)
 
 
-def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
+def read_weight(gm: GraphModule, arg: Any) -> Weight | Skip:
     """The weight that the second argument of a canonical linear stands for, or why it cannot be read."""
     transposed = isinstance(arg, Node) and arg.target is aten.t.default
     node = arg.args[0] if transposed else arg
@@ -127,7 +127,7 @@ def weight_of(gm: GraphModule, arg: Any) -> Weight | Skip:
 
 def constant_at(gm: GraphModule, arg: Any) -> Weight | None:
     """A weight, dense or pivot rows, that the graph itself holds and that nobody changes; None for any other."""
-    weight = weight_of(gm, arg)
+    weight = read_weight(gm, arg)
     return weight if isinstance(weight, Weight) and weight.node.op == "get_attr" else None
 
 

@@ -1,7 +1,7 @@
 """Low-rank models in PyTorch: PIFA, M, and a compiler for both (arXiv 2501.19090)."""
 
-from . import registration
 from .checkpoint import load_pretrained as load_pretrained
+from .checkpoint import registration
 from .checkpoint import save_pretrained as save_pretrained
 from .compact import compact as compact
 from .compress import CompressConfig as CompressConfig

@@ -48,7 +48,7 @@ UPDATED = Skip("weight was changed after compilation")
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Options:
     """The options of the backend.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Settings:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "_Settings":
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "_Options":
         from torch._inductor import config, list_mode_options
 
         own: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def pifa(
         ConfigError: an option is unknown, or of the wrong type.
         PassError: under "strict".
     """
-    return _Compiled(gm, example_inputs, _Settings.parse(options, mode))
+    return _Compiled(gm, example_inputs, _Options.parse(options, mode))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class _Compiled:
     Several threads may call at once: each runs the variant that it found, and only one of them compiles at a time.
     """
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: _Settings) -> None:
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: _Options) -> None:
         self._settings = settings
         self._updated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shared: Callable[..., Any] | None = None

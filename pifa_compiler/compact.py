@@ -7,18 +7,19 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .absorb import absorb_orders, enclosed_sites, layer_sites
-from .capture import Batch, capture
-from .checkpoint import describe_if_pretrained, refuse_other_quantization
-from .enclosure import Enclosure
+from .checkpoint import describe_if_pretrained
+from .checkpoint.format import refuse_other_quantization
 from .errors import CaptureError, RankError
-from .exchange import Exchange
-from .exchangeable import Exchangeable
+from .exchange.absorb import absorb_orders, enclosed_sites, layer_sites
+from .exchange.allowed import Exchangeable
+from .exchange.atomic import Exchange
+from .exchange.enclosure import Enclosure
+from .exchange.pairs import Pair, find_pairs, identity_behind, trace
 from .factors import PifaFactors, factorize, stored_numbers
+from .graph.capture import Batch, capture
 from .linear import PifaLinear
-from .linears import attributes_of_its_own, bias_of, count_numbers, is_plain_linear, layer_of, weight_of
+from .modules import attributes_of_its_own, bias_of, count_numbers, is_plain_linear, layer_of, weight_of
 from .numerics import own_numerics
-from .pairs import Pair, find_pairs, identity_behind, trace
 from .passes import Skip
 from .passes.factorize_linear import detect
 from .report import LayerReport, Report

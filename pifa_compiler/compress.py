@@ -8,25 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from . import reconstruct
-from .absorb import LayerSite, absorb_orders, enclosed_sites, layer_sites
-from .allocators import ALLOCATORS, Budget
-from .capture import Batch, Captured, capture
-from .checkpoint import describe_if_pretrained, refuse_other_quantization
-from .enclosure import Enclosure
+from .checkpoint import describe_if_pretrained
+from .checkpoint.format import refuse_other_quantization
 from .errors import CalibrationError, ConfigError, DerivativeError, RankError
-from .exchange import Exchange
-from .exchangeable import Exchangeable
+from .exchange.absorb import LayerSite, absorb_orders, enclosed_sites, layer_sites
+from .exchange.allowed import Exchangeable
+from .exchange.atomic import Exchange
+from .exchange.enclosure import Enclosure
 from .factors import PifaFactors, Pivoting
-from .group_solver import GroupSolver
-from .linears import count_numbers, is_plain_linear, layer_of, linears_in_order, module_at, weight_name
+from .graph.capture import Batch, Captured, capture
+from .graph.linears import linears_in_order, weight_name
+from .graph.predictions import find_predictions
+from .modules import count_numbers, is_plain_linear, layer_of, module_at
 from .numerics import own_numerics
-from .output_gradients import DenseStatistics, dense_statistics
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
-from .predictions import find_predictions
+from .reconstruction.allocators import ALLOCATORS, Budget
+from .reconstruction.gradients import dense_statistics
+from .reconstruction.methods import METHODS, MethodOptions
+from .reconstruction.selection import find_attention, find_linears, give_ranks
+from .reconstruction.solver import GroupSolver
+from .reconstruction.statistics import DenseStatistics, Statistics
+from .reconstruction.sweep import Flow, Group, Progress, Sweep, groups
 from .report import LayerReport, Report
-from .sweep import Flow, Group, Progress, Sweep, groups
-from .targets import find_attention, find_linears, give_ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class CompressConfig:
     Attributes:
         density: stored numbers (row orders included) over dense numbers, of the linears that are compressed, in (0, 1];
             never exceeded in total, whatever single layers get. At 1 nothing is changed.
-        method: how weights are made low-rank, a name in `reconstruct.METHODS`.
+        method: how weights are made low-rank, a name in `METHODS`.
         mix: f in [0, 1]: the share of the dense model in M's target Y = (1 - f) W X_u + f W X_o. Where the output is
             added to a residual stream H, `two-sided` takes (1 - f) W X_u + f (W X_o + H_o - H_u), so that a later layer
             makes up for part of what earlier ones lost.
@@ -75,8 +78,8 @@ class CompressConfig:
         _check_number("mix", self.mix, "in [0, 1]", lambda value: 0 <= value <= 1)
         _check_number("damping", self.damping, "0 or more", lambda value: value >= 0)
         _check_number("gradient_damping", self.gradient_damping, "1e-6 or more", lambda value: value >= 1e-6)
-        if self.method not in reconstruct.METHODS:
-            raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(reconstruct.METHODS)}")
+        if self.method not in METHODS:
+            raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(METHODS)}")
         if self.allocator is not None and self.allocator not in ALLOCATORS:
             raise ConfigError(f"unknown allocator {self.allocator!r}; known are {', '.join(ALLOCATORS)}")
         if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
@@ -140,15 +143,15 @@ def compress(
     found, skipped = find_linears(model, captured.graph, config.skip, config.ranks, exchangeable)
     report = Report(config.method, config.density, params_before=count_numbers(model))
     sites, ordered = enclosed_sites(layer_sites(captured.graph), exchangeable, Enclosure(model))
-    meeting = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
-    method = reconstruct.METHODS[config.method]
+    one_order = {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
+    method = METHODS[config.method]
     allocator = config.allocator or method.allocator
     measured = _needed(config, statistics) or _measure(captured, list(found), config, progress, for_ranks=True)
     if measured.no_gradients is not None and method.gradients and config.gradients:
         report.note(f"output errors are not weighted by gradients: {measured.no_gradients}")
     targets = give_ranks(
         found,
-        meeting,
+        one_order,
         measured,
         find_attention(captured.graph),
         allocator=allocator,
@@ -165,8 +168,8 @@ def compress(
     factors: dict[str, PifaFactors] = {}
     active = [node for node, target in targets.items() if target.rank is not None]
     if active:
-        settings = reconstruct.Settings(config.mix, config.damping, config.gradient_damping)
-        solver = GroupSolver(method, settings, targets, meeting, measured.gradient_gram, config.pivoting)
+        settings = MethodOptions(config.mix, config.damping, config.gradient_damping)
+        solver = GroupSolver(method, settings, targets, one_order, measured.gradient_gram, config.pivoting)
         if statistics is not None and not method.two_flows:
             for group in groups(captured.graph.graph, active):
                 solver.solve(group, statistics.of_input(weight_name(group.members[0])))
@@ -223,7 +226,7 @@ def measure(
 
 def _needed(config: CompressConfig, given: DenseStatistics | None) -> DenseStatistics | None:
     """The part of `given` that the configuration uses; None if something has to be measured."""
-    method = reconstruct.METHODS[config.method]
+    method = METHODS[config.method]
     if given is not None:
         return given if method.gradients and config.gradients else replace(given, gradient_gram={})
     needs_gram = ALLOCATORS[config.allocator or method.allocator].needs_gram and config.density < 1
@@ -239,7 +242,7 @@ def _measure(
     *,
     for_ranks: bool = False,
 ) -> DenseStatistics:
-    gradients = reconstruct.METHODS[config.method].gradients and config.gradients
+    gradients = METHODS[config.method].gradients and config.gradients
     return _statistics(captured, nodes, progress, gradients=gradients, for_ranks=for_ranks)
 
 
@@ -258,7 +261,7 @@ def _statistics(
             except DerivativeError as error:
                 statistics.no_gradients = str(error)
 
-    def keep(group: Group, sums: reconstruct.Statistics) -> dict[Node, PifaFactors]:
+    def keep(group: Group, sums: Statistics) -> dict[Node, PifaFactors]:
         names = [weight_name(node) for node in group.members]
         statistics.gram.update(dict.fromkeys(names, sums.gram.float()))
         statistics.sum_abs.update(dict.fromkeys(names, (sums.mean_abs * sums.tokens).float()))

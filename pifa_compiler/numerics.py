@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-_Setting = TypeVar("_Setting")
+_Value = TypeVar("_Value")
 
 _PRECISIONS: tuple[Any, ...] = tuple(
     settings
@@ -68,7 +68,7 @@ def _allow_tf32_in_convolutions(allow: bool) -> None:
     torch._C._set_cudnn_allow_tf32(allow)
 
 
-def _older_switch(read: Callable[[], _Setting]) -> _Setting | None:
+def _older_switch(read: Callable[[], _Value]) -> _Value | None:
     """What one of torch's older switches says; None if the newer ones were set to something else, which outdoes it."""
     try:
         return read()

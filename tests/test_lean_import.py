@@ -32,6 +32,6 @@ def test_importing_the_package_loads_nothing_heavy_that_torch_does_not_load() ->
 
 def test_importing_the_text_and_model_modules_loads_nothing_heavy_that_torch_does_not_load() -> None:
     by_torch = modules_after("import torch")
-    names = ("pretrained", "calibration", "perplexity", "smollm2")
-    loaded = modules_after("; ".join(f"import pifa_compiler.{name}" for name in names))
+    names = ("loading", "text", "perplexity", "smollm2")
+    loaded = modules_after("; ".join(f"import pifa_compiler.hf.{name}" for name in names))
     assert (loaded - by_torch) & HEAVY == set()

@@ -10,7 +10,7 @@ import pifa_compiler as pc
 from pifa_compiler import numerics
 from pifa_compiler.compress import measure
 from pifa_compiler.numerics import own_numerics
-from pifa_compiler.output_gradients import DenseStatistics
+from pifa_compiler.reconstruction.statistics import DenseStatistics
 
 
 @contextmanager

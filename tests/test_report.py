@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pifa_compiler as pc
-from pifa_compiler.cli_print import summary
+from pifa_compiler.cli.tables import summary
 
 
 class Mixed(nn.Module):

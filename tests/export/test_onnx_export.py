@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from pifa_compiler import PifaLinear, factorize
-from pifa_compiler.capture import capture
 from pifa_compiler.errors import CaptureError, ExportError
+from pifa_compiler.graph.capture import capture
 
 
 def pifa_mlp() -> nn.Sequential:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from graphs import Capture, call, capture_by_dynamo, capture_by_export, op_counts
 from pifa_compiler.passes import Canonicalize, Skip, run_passes
-from pifa_compiler.passes.weights import CHANGED, COMPUTED, Weight, weight_of
+from pifa_compiler.passes.weights import CHANGED, COMPUTED, Weight, read_weight
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.nn import functional as F
@@ -62,7 +62,7 @@ def test_canonicalize_makes_every_spelling_one(spelling: str, capture: Capture):
     assert counts.pop(aten.t.default, 1) == 1
     assert counts == {}
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    weight = weight_of(gm, linear.args[1])
+    weight = read_weight(gm, linear.args[1])
     assert isinstance(weight, Weight)
     assert weight.tensor.shape == (4, 6)
     assert weight.node.op in ("get_attr", "placeholder")
@@ -125,29 +125,29 @@ def test_canonicalize_leaves_a_subclass_of_linear():
     assert run_passes(gm, [Canonicalize()]) == []
 
 
-def test_weight_of_reads_weights_as_rows_of_outputs(capture: Capture):
+def test_read_weight_reads_weights_as_rows_of_outputs(capture: Capture):
     model, x = Spelling(lambda s, x: x @ s.m), torch.randn(3, 6)
     gm = capture(model, (x,))
     run_passes(gm, [Canonicalize()])
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    weight = weight_of(gm, linear.args[1])
+    weight = read_weight(gm, linear.args[1])
     assert isinstance(weight, Weight)
     assert torch.equal(weight.tensor, model.m.t())
 
 
-def test_weight_of_refuses_what_the_graph_computes():
+def test_read_weight_refuses_what_the_graph_computes():
     gm = capture_by_export(Spelling(lambda s, x: F.linear(x, s.w * 2)), (torch.randn(3, 6),))
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    assert weight_of(gm, linear.args[1]) == COMPUTED
+    assert read_weight(gm, linear.args[1]) == COMPUTED
 
 
-def test_weight_of_never_reads_a_fake_tensor():
+def test_read_weight_never_reads_a_fake_tensor():
     with torch._subclasses.FakeTensorMode():
         model = nn.Sequential(nn.Linear(6, 4))
     gm = symbolic_trace(model)
     run_passes(gm, [Canonicalize()])
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    assert weight_of(gm, linear.args[1]) == COMPUTED
+    assert read_weight(gm, linear.args[1]) == COMPUTED
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_weight_of_never_reads_a_fake_tensor():
     ],
     ids=["method", "operator", "setitem", "out", "aten", "view"],
 )
-def test_weight_of_refuses_what_the_graph_changes(write):
+def test_read_weight_refuses_what_the_graph_changes(write):
     graph = torch.fx.Graph()
     x, w = graph.placeholder("x"), graph.get_attr("w")
     write(graph, w)
     again = graph.get_attr("w")  # captures make one node a use
     graph.output(graph.call_function(aten.linear.default, (x, again)))
     gm = torch.fx.GraphModule({"w": torch.randn(4, 6)}, graph)
-    assert weight_of(gm, again) == CHANGED
+    assert read_weight(gm, again) == CHANGED
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_weight_of_refuses_what_the_graph_changes(write):
     ],
     ids=["sum", "embedding", "getitem"],
 )
-def test_weight_of_lets_others_read_the_weight(read):
+def test_read_weight_lets_others_read_the_weight(read):
     graph = torch.fx.Graph()
     w = graph.get_attr("w")
     read(graph, w)
     gm = torch.fx.GraphModule({"w": torch.randn(4, 6)}, graph)
-    assert isinstance(weight_of(gm, w), Weight)
+    assert isinstance(read_weight(gm, w), Weight)
 
 
 def test_canonicalize_leaves_calls_with_further_arguments():
@@ -240,7 +240,7 @@ def test_a_weight_in_whose_memory_another_buffer_is_written_is_changed():
     gm = symbolic_trace(Overlapping())
     run_passes(gm, [Canonicalize()])
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    assert weight_of(gm, linear.args[1]) == CHANGED
+    assert read_weight(gm, linear.args[1]) == CHANGED
 
 
 def test_linears_in_a_graph_within_the_graph_are_told_of():

@@ -1,0 +1,1 @@
+"""Benchmarks: speed of layers, models and ONNX files, and quality of methods side by side."""

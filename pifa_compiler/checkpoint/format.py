@@ -1,0 +1,284 @@
+"""The files of a saved model: their names, what they say, and what is refused before anything of them is loaded."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+FORMAT_VERSION = 2
+"""Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
+
+1 says which layers are in PIFA form; 2 says of which pairs of linears besides, and is written where there are some.
+"""
+
+QUANT_METHOD = "pifa"
+
+CONFIG, WEIGHTS, INDEX, REPORT = "config.json", "model.safetensors", "model.safetensors.index.json", "pifa_report.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PARTS = ("w_pivot", "coeff", "pivots")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's tensors have to look like: the dense weight is [out_features, in_features]."""
+
+    out_features: int
+    in_features: int
+    rank: int
+    bias: bool
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What config.json of a PIFA folder says about it: ranks, method, densities and versions.
+
+    Raises:
+        CheckpointError: there is no such file, it is not JSON, not of a PIFA model, or of a newer format.
+    """
+    path = Path(folder) / CONFIG
+    settings = _read_json(path).get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} is not a PIFA model; load it with transformers and compress() it")
+    check_settings(settings, str(path))
+    return settings
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The report saved with a model, as `Report.to_dict` gave it; None if there is none."""
+    path = Path(folder) / REPORT
+    return _read_json(path) if path.exists() else None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a local folder that is not a whole PIFA model; reads the config and the files' headers.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist; wanted a folder that save_pretrained has written")
+    if not folder.is_dir():
+        kind = "a pickle, which is never loaded" if folder.name.endswith(_PICKLES) else "a file"
+        raise CheckpointError(f"{folder} is {kind}; wanted a folder that save_pretrained has written")
+    refuse_pickles(folder)
+    read_settings(folder)
+    if (folder / WEIGHTS).exists():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).exists():
+        shards = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{folder / INDEX} has no table `weight_map`; it is damaged, copy it again")
+        for shard in shards.values():
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise CheckpointError(f"{folder / INDEX} names {shard!r}; wanted safetensors files beside it")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+    else:
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it is incomplete, copy or save it again")
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file} is missing, {folder / INDEX} names it; copy or save the model again")
+        with _open(file):
+            pass
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuses a `quantization_config` that is not what this format says.
+
+    Raises:
+        CheckpointError: naming the first thing that is wrong.
+    """
+    found = settings.get("format_version")
+    if not _is_count(found):
+        raise CheckpointError(f"{where}: wanted a format_version of 1..{FORMAT_VERSION}, got {found!r}; it is damaged")
+    if found > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format {found} is newer than this pifa-compiler, which reads up to {FORMAT_VERSION}; "
+            "install a newer pifa-compiler"
+        )
+    ranks = settings.get("ranks")
+    if not isinstance(ranks, dict) or not ranks:
+        raise CheckpointError(f"{where}: wanted `ranks`, a table of layer names, got {ranks!r:.80}; it is damaged")
+    for name, rank in ranks.items():
+        if not _is_count(rank):
+            raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
+    _check_pairs(settings.get("pairs"), ranks, found, where)
+
+
+def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:
+    if pairs is None:
+        return
+    if format_version < 2 or not isinstance(pairs, dict):
+        raise CheckpointError(
+            f"{where}: wanted `pairs`, a table, of format 2 or newer, got {pairs!r:.80}; it is damaged"
+        )
+    seconds = list(pairs.values())
+    for first, second in pairs.items():
+        beside = isinstance(second, str) and first.rpartition(".")[0] == second.rpartition(".")[0]
+        if not beside or first not in ranks or second in ranks or seconds.count(second) > 1:
+            raise CheckpointError(
+                f"{where}: {first}: wanted a layer of `ranks` and a linear beside it that is in no other pair, "
+                f"got {second!r:.80}; it is damaged"
+            )
+
+
+def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mapping[str, LayerShape]) -> None:
+    """Refuses safetensors files whose PIFA tensors are missing, misshapen or contradictory, before they are loaded.
+
+    Reads the headers and the `pivots`, nothing else.
+
+    Args:
+        files: all of a model's weight files.
+        ranks: all of its layers in PIFA form, by the name in the saved model.
+        shapes: what those layers have to look like that the class being loaded has, by the same name.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    headers: dict[str, list[int]] = {}
+    layers: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"{file} is not a safetensors file; pickles are never loaded, save the model again")
+        with _open(file) as tensors:
+            headers.update((key, tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    layers = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in _PARTS}
+    # transformers renames tensors of some architectures when it saves; then the names agree in number only.
+    if not layers >= ranks.keys() and len(layers) == len(ranks):
+        shapes = {}
+    elif unknown := layers ^ ranks.keys():
+        raise CheckpointError(f"{min(unknown)}: in PIFA form in the config or in the file, not in both; it is damaged")
+    for name in sorted(layers):
+        _check_layer(name, headers, shapes.get(name))
+    for file in files:
+        with _open(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, part = key.rpartition(".")
+                if part == "pivots":
+                    rank, others = headers[f"{name}.w_pivot"][0], headers[f"{name}.coeff"][0]
+                    check_pivots(tensors.get_tensor(key), rank, rank + others, name)
+
+
+def check_pivots(pivots: Tensor, rank: int, out_features: int, name: str) -> None:
+    """Refuses pivots that are not `rank` different rows of 0..out_features - 1 in ascending order.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    wanted = f"{name}.pivots: wanted {rank} ascending row numbers in 0..{out_features - 1} as int32"
+    if pivots.dtype != torch.int32 or pivots.shape != (rank,):
+        raise CheckpointError(f"{wanted}, got {pivots.dtype} {list(pivots.shape)}; the file is damaged")
+    if int(pivots.min()) < 0 or int(pivots.max()) >= out_features:
+        raise CheckpointError(f"{wanted}, got {int(pivots.min())}..{int(pivots.max())}; the file is damaged")
+    if not bool((pivots[1:] > pivots[:-1]).all()):
+        raise CheckpointError(f"{wanted}, got unsorted or repeated ones; the file is damaged")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuses a folder whose weights are pickles only: loading one runs whatever code is in it.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{folder / pickles[0]} is a pickle and can run code when it is read; wanted {WEIGHTS}: "
+            "save the model again as safetensors, where it was made"
+        )
+
+
+def _check_layer(name: str, headers: Mapping[str, list[int]], wanted: LayerShape | None) -> None:
+    for part in _PARTS:
+        if f"{name}.{part}" not in headers:
+            raise CheckpointError(f"the tensor {name}.{part} is missing; the file is damaged, copy or save it again")
+    w_pivot, coeff, pivots = (headers[f"{name}.{part}"] for part in _PARTS)
+    if wanted is not None:
+        rank, d_out, d_in = wanted.rank, wanted.out_features, wanted.in_features
+    elif len(w_pivot) == len(coeff) == 2:
+        rank, d_out, d_in = w_pivot[0], w_pivot[0] + coeff[0], w_pivot[1]
+    else:
+        raise CheckpointError(f"{name}: w_pivot {w_pivot} and coeff {coeff} are no matrices; the file is damaged")
+    for part, found, right in (
+        ("w_pivot", w_pivot, [rank, d_in]),
+        ("coeff", coeff, [d_out - rank, rank]),
+        ("pivots", pivots, [rank]),
+    ):
+        if found != right:
+            raise CheckpointError(
+                f"{name}.{part}: wanted {right} for rank {rank} of a weight [{d_out}, {d_in}], got {found}; "
+                "the file does not fit its config, copy or save it again"
+            )
+    if not 1 <= rank <= min(d_out, d_in):
+        raise CheckpointError(f"{name}: rank {rank}, wanted 1..{min(d_out, d_in)}; the file is damaged")
+    if wanted is not None and wanted.bias != (f"{name}.bias" in headers):
+        raise CheckpointError(
+            f"{name}.bias: the model has {'one' if wanted.bias else 'none'}, the file "
+            f"{'none' if wanted.bias else 'one'}; the file does not fit its config, copy or save it again"
+        )
+
+
+def _open(file: str | os.PathLike[str]) -> Any:
+    """`safe_open`, which reads the header and compares it with the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(os.fspath(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy or save it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; wanted a folder that save_pretrained has written") from error
+    except (OSError, ValueError) as error:  # a decoding error is a ValueError, of JSON as of UTF-8
+        raise CheckpointError(f"{path} cannot be read ({error}); copy or save the model again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: wanted a JSON object, got a {type(found).__name__}; copy or save it again")
+    return found
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_pifa(config: Any) -> bool:
+    """Whether a model's config says that its layers are in PIFA form."""
+    settings = getattr(config, "quantization_config", None)
+    return settings is not None and dict(settings).get("quant_method") == QUANT_METHOD
+
+
+def refuse_other_quantization(model: Any) -> None:
+    """Nothing for a model that `describe` will be able to describe once it has layers in PIFA form.
+
+    Raises:
+        CheckpointError: its config says that it is quantized by another method.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None and not is_pifa(config):
+        raise CheckpointError(
+            "this model's config says that it is quantized by another method, which cannot be saved with PIFA layers; "
+            "if its weights are plain numbers all the same (transformers makes them so from a GGUF file), "
+            "del model.config.quantization_config first"
+        )
+
+
+def refuse_plain_module(model: Any) -> None:
+    """Nothing for a Hugging Face model.
+
+    Raises:
+        CheckpointError: it is another module.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        raise CheckpointError(
+            f"wanted a Hugging Face model, got {type(model).__name__}; save its state_dict() with safetensors.torch"
+        )

@@ -1,0 +1,1 @@
+"""Captured graphs: how a model becomes one, and how one is run."""

@@ -1,0 +1,167 @@
+"""Capture: a model and its calibration batches as one functional graph of ATen operations."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from ..errors import CalibrationError, CaptureError
+from ..passes import Canonicalize, run_passes
+from .token_masks import TokenMasks
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
+"""One call of a model: a tensor (its first argument), a sequence (positional) or a mapping (keyword arguments)."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph, with the inputs that its placeholders take.
+
+    Attributes:
+        graph: canonical and functional: linears are `aten.linear.default`, nothing is written in place, and weights are
+            `get_attr` nodes that carry their state-dict names and share the model's storage.
+        inputs: for every batch, one value per placeholder, in order.
+        masks: which tokens count, by the masks among the inputs.
+    """
+
+    graph: GraphModule
+    inputs: list[list[Any]]
+    masks: TokenMasks
+
+
+def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
+    """Captures `model` by `torch.export`, in evaluation mode and without a KV cache.
+
+    Args:
+        model: any exportable module; its weights are shared with the graph, not copied.
+        batches: calls to capture it for; dimensions that differ between batches become dynamic. Their tensors are moved
+            to the device of the model.
+
+    Raises:
+        CalibrationError: there is no batch, or the batches differ in more than their shapes, or the graph that holds
+            for one of them does not for another.
+        CaptureError: `torch.export` cannot express the model as one graph, or its weights are of inference mode.
+    """
+    calls = [_call_of(model, batch) for batch in batches]
+    if not calls:
+        raise CalibrationError("at least one calibration batch is needed, none came")
+    flat = [pytree.tree_flatten(call) for call in calls]
+    if any(spec != flat[0][1] for _, spec in flat):
+        raise CalibrationError("all calibration batches must pass the same arguments; they differ in structure")
+    frozen = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if frozen is not None and not torch.is_inference_mode_enabled():
+        raise CaptureError(
+            f"{frozen} was made under torch.inference_mode(), where torch.export cannot follow it; make or load the "
+            "model outside of it, under torch.no_grad() if need be"
+        )
+    inputs = [values for values, _ in flat]
+    dynamic = _dynamic_dims(inputs)
+    training = {module: module.training for module in model.modules()}
+    try:
+        for module in training:
+            module.training = False  # not eval(): exported graphs refuse to be called so
+        graph = _export(model, _example(inputs, dynamic), flat[0][1], dynamic)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    _check_shapes(graph, inputs)
+    run_passes(graph, [Canonicalize()])
+    return Captured(graph, inputs, TokenMasks(graph, inputs))
+
+
+def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    else:
+        args = tuple(batch)
+    if getattr(getattr(model, "config", None), "use_cache", None) is not None:
+        kwargs.setdefault("use_cache", False)
+    weight = next(model.parameters(), None)
+    if weight is None:
+        return args, kwargs
+    device = weight.device
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda value: value.to(device), (args, kwargs)
+    )
+    return moved
+
+
+def _dynamic_dims(batches: list[list[Any]]) -> list[list[int]]:
+    """For every input the dimensions that differ between batches."""
+    dynamic: list[list[int]] = []
+    for values in zip(*batches, strict=True):
+        if not isinstance(values[0], Tensor):
+            dynamic.append([])
+            continue
+        if any(value.ndim != values[0].ndim for value in values):
+            raise CalibrationError("an input has another number of dimensions in some batches; pad or reshape them")
+        sizes = [{value.shape[dim] for value in values} for dim in range(values[0].ndim)]
+        dynamic.append([dim for dim, seen in enumerate(sizes) if len(seen) > 1])
+    return dynamic
+
+
+def _example(batches: list[list[Any]], dynamic: list[list[int]]) -> list[Any]:
+    """The inputs to capture with: what `torch.export` sees as 1 it takes for always 1, so no dynamic size is that."""
+
+    def ones(values: Iterable[Any]) -> int:
+        return sum(value.shape[dim] == 1 for value, dims in zip(values, dynamic, strict=True) for dim in dims)
+
+    example = list(min(batches, key=ones))
+    for place, dims in enumerate(dynamic):
+        for dim in dims:
+            if example[place].shape[dim] == 1:
+                example[place] = example[place].repeat_interleave(2, dim)
+    return example
+
+
+def _export(model: nn.Module, example: list[Any], spec: pytree.TreeSpec, dynamic: list[list[int]]) -> GraphModule:
+    args, kwargs = pytree.tree_unflatten(example, spec)
+    shapes: Any = None
+    if any(dynamic):
+        each = [dict.fromkeys(dims, torch.export.Dim.AUTO) or None for dims in dynamic]
+        by_position, by_name = pytree.tree_unflatten(each, spec)
+        shapes = {**dict(enumerate(by_position)), **by_name} if not by_position else (*by_position, *by_name.values())
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch's own tree-spec classes warn about torch's own use of them while a program is exported.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*TreeSpec.*")
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # An empty table decomposes nothing; it makes the graph functional, so that no value changes once made.
+            graph: GraphModule = program.run_decompositions({}).module(check_guards=False)
+            return graph
+        except Exception as error:
+            raise CaptureError(
+                f"torch.export could not capture {type(model).__name__} as one graph: {error}\n"
+                "Compress the submodule that holds the linears, or give batches of one shape"
+            ) from error
+
+
+def _check_shapes(graph: GraphModule, batches: list[list[Any]]) -> None:
+    """Refuses batches whose sizes the graph was not captured for: `torch.export` may find that a size must be fixed."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for index, values in enumerate(batches):
+        sizes: dict[str, int] = {}
+        for node, value in zip(placeholders, values, strict=True):
+            captured = node.meta.get("val")
+            if not isinstance(value, Tensor) or not isinstance(captured, Tensor):
+                continue
+            for dim, (size, expected) in enumerate(zip(value.shape, captured.shape, strict=True)):
+                # A number, also where it was a symbol until it was found to be fixed, or a symbol, of which all sizes
+                # are equal; sizes that are expressions of symbols (2 s, s + 1) are left to the run itself.
+                text = str(expected)
+                wanted = int(text) if text.isdigit() else sizes.setdefault(text, size)
+                if size != wanted:
+                    raise CalibrationError(
+                        f"the model's graph holds only for inputs whose sizes are those of the batch that it was "
+                        f"captured with: in batch {index} dimension {dim} of {node.target} is {size}, and would have "
+                        f"to be {wanted}; give batches of one shape"
+                    )

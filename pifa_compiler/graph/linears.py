@@ -1,0 +1,34 @@
+"""The linears of a captured graph: the names of their weights, and how often each is read."""
+
+from collections import Counter
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .. import linear  # noqa: F401  registers pifa::linear
+
+
+def weight_name(node: Node) -> str:
+    """State-dict name of a linear node's weight; the name of the node that computes it, if one does."""
+    weight = node.args[1]
+    if isinstance(weight, Node) and weight.target is torch.ops.aten.t.default:
+        weight = weight.args[0]
+    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else str(weight)
+
+
+def is_transposed(node: Node) -> bool:
+    """Whether a canonical linear node reads its weight from storage of shape [in, out]."""
+    weight = node.args[1]
+    return isinstance(weight, Node) and weight.target is torch.ops.aten.t.default
+
+
+def linears_in_order(graph: GraphModule) -> list[str]:
+    """Names of the layers whose weights the graph's linears read, in the order of their first use."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
+
+
+def uses_of_weights(graph: GraphModule) -> Counter[str]:
+    """How many linears of the graph, dense or in PIFA form, read each weight, by its state-dict name."""
+    targets = (torch.ops.aten.linear.default, torch.ops.pifa.linear.default)
+    return Counter(weight_name(node) for node in graph.graph.nodes if node.target in targets)

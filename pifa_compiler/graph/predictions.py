@@ -1,0 +1,65 @@
+"""Where a captured model predicts tokens, known by what it does and not by its class."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .capture import Captured
+from .run import Values, cut_into_blocks, run_block
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Where a graph takes token ids [batch, tokens] and where its logits [batch, tokens, vocabulary] are."""
+
+    tokens: Node
+    logits: Node
+
+
+def find_predictions(captured: Captured) -> Predictions | str:
+    """Where a captured model takes tokens and predicts the next ones, or why it predicts none.
+
+    A causal language model is known by what it does: its logits at a token stay the same when a later token changes.
+    """
+    graph = captured.graph.graph
+    by_node = dict(zip(graph.find_nodes(op="placeholder"), captured.inputs[0], strict=True))
+    whole = [node for node, value in by_node.items() if _is_token_ids(value) and "mask" not in str(node.target)]
+    named = [node for node in whole if str(node.target) == "input_ids"]
+    tokens = named[0] if named else whole[0] if len(whole) == 1 else None
+    if tokens is None:
+        return "the model is not called with token ids [batch, 2 or more tokens]"
+    (output,) = graph.find_nodes(op="output")
+    ids, logits = by_node[tokens], None
+    for node in output.all_input_nodes:
+        value = node.meta.get("val")
+        if logits is None and isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] > int(ids.max()):
+            logits = node
+    if logits is None:
+        return "the model gives no logits [batch, tokens, vocabulary]"
+    # What a linear makes of each token's values cannot hide a later token from them.
+    checked = logits.all_input_nodes[0] if logits.target is torch.ops.aten.linear.default else logits
+    changed, half = ids.clone(), ids.shape[1] // 2
+    changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
+    before, after = (_value(captured.graph, {**by_node, tokens: each}, checked) for each in (ids, changed))
+    if before.shape[:2] != ids.shape:
+        return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
+    rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if not torch.allclose(before[:, :half], after[:, :half], rtol=0, atol=rounding):
+        return "its logits at a token depend on later tokens, so it is no causal language model"
+    return Predictions(tokens, logits)
+
+
+def _is_token_ids(value: Any) -> bool:
+    integer = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return integer and value.ndim == 2 and value.shape[1] >= 2
+
+
+@torch.no_grad()
+def _value(gm: GraphModule, values: Values, node: Node) -> Tensor:
+    """What `node` computes from the graph's inputs."""
+    (whole,) = cut_into_blocks(gm, node, 1)
+    found: Tensor = run_block(gm, whole, values)[node]
+    return found

@@ -1,0 +1,1 @@
+"""Hugging Face models and texts: loading, calibration windows, perplexity, generation."""

@@ -1,0 +1,265 @@
+"""Dense models and tokenizers from a local folder, a GGUF file or the Hugging Face Hub.
+
+Weights are read from safetensors or GGUF only: both hold tensors and nothing that runs. Pickles are refused.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """Loads a model with its weights, in evaluation mode.
+
+    Args:
+        name: a folder with config.json and *.safetensors, a GGUF file (ending in .gguf; its weights are dequantized),
+            or a name on the Hugging Face Hub. A folder that holds a PIFA model is loaded as one.
+        dtype: "float32", "bfloat16" or "float16". None and "auto" take the dtype that the weights are stored in, and
+            "float32" for a GGUF file, whose weights are stored as integers.
+        device: where the model is moved.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        CheckpointError: there is no such model, it cannot be reached, it is damaged or incomplete, or it is a pickle.
+        ConfigError: `dtype` is not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    wanted: torch.dtype | None = None if dtype in (None, "auto") else getattr(torch, str(dtype))
+    model = _load_any(_locate(name), wanted, trust_remote_code)
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
+
+
+def _load_any(source: Path | str, wanted: torch.dtype | None, trust_remote_code: bool) -> "PreTrainedModel":
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        return _load_gguf(source, wanted or torch.float32)
+    if isinstance(source, Path):
+        if _quant_method(source) == "pifa":
+            from ..checkpoint import load_pretrained
+
+            compressed: PreTrainedModel = load_pretrained(source, dtype=wanted)
+            return compressed
+        _check_weight_files(source)
+    return _load(source, wanted or "auto", trust_remote_code)
+
+
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer that lies beside a model.
+
+    Args:
+        name: a folder, a GGUF file or a name on the Hugging Face Hub, as in `load_model`.
+        trust_remote_code: whether Python code that comes with the tokenizer may run.
+
+    Raises:
+        CheckpointError: there is none, it cannot be reached, or it is damaged.
+    """
+    source = _locate(name)
+    where, options = _arguments(source)
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise _explain(source, error, "a tokenizer") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
+        raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files there")
+    return tokenizer
+
+
+def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer that can emit ids which the model has no embedding row for.
+
+    More rows than ids are fine: many models pad their vocabulary.
+
+    Raises:
+        ConfigError: the largest id is not below the number of embedding rows.
+    """
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    rows, largest = int(embedding.weight.shape[0]), max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ConfigError(
+            f"the tokenizer's largest id is {largest}, but the model has {rows} embedding rows; "
+            "give the tokenizer that belongs to this model"
+        )
+
+
+def _locate(name: str | Path) -> Path | str:
+    """The folder or GGUF file that `name` is, or the Hub name as it came."""
+    path = Path(name).expanduser()
+    if path.is_dir() and name != "":
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        if path.suffix in _PICKLES:
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when read; safetensors only: convert it first"
+            )
+        raise CheckpointError(f"{path} is not a model; give a .gguf file, or the folder that holds config.json")
+    if isinstance(name, Path) or path.suffix in (".gguf", *_PICKLES) or not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"there is no model at {str(name)!r}; give a folder, a .gguf file or a Hugging Face Hub name"
+        )
+    return name
+
+
+def _arguments(source: Path | str) -> tuple[str, dict[str, str]]:
+    """How `from_pretrained` wants to be asked for `source`: a folder or Hub name, and the GGUF file in it if any."""
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        return str(source.parent), {"gguf_file": source.name}
+    return str(source), {}
+
+
+def _quant_method(folder: Path) -> str | None:
+    """`quantization_config.quant_method` of the folder's config.json, or None."""
+    file = folder / "config.json"
+    if not file.is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        if ggufs:
+            raise CheckpointError(f"{folder} has no config.json but GGUF files; name one of them: {', '.join(ggufs)}")
+        raise CheckpointError(f"{folder} is not a model: it has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}; fetch the model again") from error
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def _check_weight_files(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code when read; "
+            "safetensors only: convert it first"
+        )
+    raise CheckpointError(f"{folder} holds no *.safetensors file; fetch the model again")
+
+
+def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """`from_pretrained` of the class that the config names, with every failure explained and no missing weight."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    where, gguf = _arguments(source)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
+            auto = _model_class(config)
+            remote = {"trust_remote_code": trust_remote_code} if auto.__name__.startswith("Auto") else {}
+            model, info = auto.from_pretrained(
+                where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **gguf, **remote
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, ImportError, SafetensorError) as error:
+        raise _explain(source, error, "a model in safetensors or GGUF form") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+            "they would be random: fetch the model again"
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the config names if this transformers has it, else the causal language model."""
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if hasattr(config, "auto_map") or not hasattr(transformers, named):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, named)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """A plain model with a GGUF file's weights, dequantized.
+
+    What transformers returns counts as quantized and refuses to be saved, so its tensors move into a fresh model of the
+    same class. That is built on the meta device: nothing is held twice.
+    """
+    loaded = _load(path, dtype)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model: PreTrainedModel = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    for module_name, module in loaded.named_modules():  # rotary tables and the like are in no state dict
+        model.get_submodule(module_name)._buffers.update(module._buffers)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if loaded.generation_config is not None:
+        model.generation_config = loaded.generation_config
+    model.eval()
+    return model
+
+
+def _explain(source: Path | str, error: Exception, wanted: str) -> CheckpointError:
+    """What a failure inside transformers means for somebody who asked for `source`."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return CheckpointError(f"{source} comes with its own Python code; pass trust_remote_code=True if you trust it")
+    if isinstance(source, Path):
+        return CheckpointError(
+            f"{source} holds no {wanted.removeprefix('a ')} that can be read; copy the model's files there again. "
+            f"What transformers says: {_first_line(text)}"
+        )
+    offline = "connect to" in text or "offline" in text.lower() or "LocalEntryNotFound" in type(error).__name__
+    if offline:
+        return CheckpointError(
+            f"cannot reach the Hugging Face Hub for {source!r}, and it is not in the local cache: this machine is "
+            f"offline; fetch the model elsewhere and give its folder (there is no folder {source!r} here)"
+        )
+    return CheckpointError(
+        f"found neither a folder {source!r} nor {wanted} of that name on the Hugging Face Hub: {_first_line(text)}"
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].rstrip(":") if text.strip() else "no reason given"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and warnings away, and whatever else prints off stdout."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

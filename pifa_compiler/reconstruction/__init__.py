@@ -1,0 +1,1 @@
+"""M: statistics, ranks, and low-rank weights in closed form."""

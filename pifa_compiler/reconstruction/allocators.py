@@ -1,0 +1,285 @@
+"""The named rank allocators, from what a dense model's layers are and do to one rank (or dense) for each.
+
+Every allocator gets the layers in *sets* whose members share one rank: a layer by itself, or layers of one shape whose
+outputs meet in elementwise operations (gate and up), since only one rank lets them share one row order. `ALLOCATORS`
+names them; all keep the total of stored numbers within the budget.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ..errors import ConfigError, RankError
+from ..factors import rank_for_density, stored_numbers
+from .knapsack import Choices, choices, minimise
+from .methods import gram_root
+
+LEAST_RANK = 16
+"""What `global` and `d-rank` leave every layer, unless equal shares would give it less."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear that is given a rank.
+
+    Attributes:
+        name: as in `named_modules`.
+        weight: [out, in].
+        attention: whether it makes queries, keys or values, or reads what attention gives.
+        gram: sum x x^T of its inputs in the dense model, [in, in]; None where the allocator does not ask for it.
+        gradient_gram: sum g g^T of the gradients at its outputs, [out, out] (see `output_gradients`), or None.
+    """
+
+    name: str
+    weight: Tensor
+    attention: bool = False
+    gram: Tensor | None = None
+    gradient_gram: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+Set = Sequence[Layer]
+"""Layers of one shape that share their rank."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be stored.
+
+    Attributes:
+        density: stored numbers over dense ones of all layers together.
+        multiple: ranks are multiples of this, unless a layer is too small for that.
+    """
+
+    density: float
+    multiple: int
+
+    def numbers(self, sets: Sequence[Set]) -> int:
+        """How many numbers, of all layers together."""
+        return int(self.density * sum(layer.weight.numel() for layers in sets for layer in layers))
+
+    def equal_share(self, layers: Set, *, exact: bool = False) -> int:
+        """The rank that the density alone would give."""
+        try:
+            return rank_for_density(*layers[0].shape, self.density, multiple=1 if exact else self.multiple)
+        except RankError as error:
+            raise RankError(f"{layers[0].name}: {error}") from error
+
+
+Ranks = list[int | None]
+"""One for each set; None leaves its layers dense."""
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """One way to share out ranks.
+
+    Attributes:
+        ranks: (sets, budget) -> one rank, or None for dense, for each set.
+        needs_gram: whether it looks at what the layers do to the calibration inputs.
+    """
+
+    ranks: Callable[[Sequence[Set], Budget], Ranks]
+    needs_gram: bool = False
+
+
+def uniform(sets: Sequence[Set], budget: Budget) -> Ranks:
+    """One density for all."""
+    return _by_density(sets, [budget.density] * len(sets), budget)
+
+
+def attention_mlp(sets: Sequence[Set], budget: Budget) -> Ranks:
+    """The paper's split by type (arXiv 2501.19090): attention at the density or 0.1 below, the others get the rest.
+
+    Of the two, that with the smaller sum of relative output errors is taken; the paper takes that of better perplexity.
+    """
+    attention = [layers[0].attention for layers in sets]
+    if not any(attention) or all(attention):
+        raise ConfigError(
+            "the allocator attn-mlp needs layers in and outside of attention, and found none; use another"
+        )
+    size = [_size(layers) for layers in sets]
+    inside = sum(each for each, is_inside in zip(size, attention, strict=True) if is_inside)
+    curves = [relative_losses(layers) for layers in sets]
+    found: list[tuple[float, Ranks]] = []
+    for density in (budget.density, budget.density - 0.1):
+        rest = (budget.density * sum(size) - density * inside) / (sum(size) - inside)
+        if 0 < density <= 1 and rest <= 1:
+            ranks = _by_density(sets, [density if is_inside else rest for is_inside in attention], budget)
+            lost = (0.0 if r is None else float(curve[r]) for r, curve in zip(ranks, curves, strict=True))
+            found.append((sum(lost), ranks))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def owl(sets: Sequence[Set], budget: Budget, *, spread: float = 0.08, multiple_of_mean: float = 5.0) -> Ranks:
+    """OWL (arXiv 2310.05175, section 4): blocks of layers with more outliers keep more, within +-0.08 of the density.
+
+    An outlier is an entry of |W| ||x||, norms over the tokens, above five times its layer's mean. A block is all that
+    shares a numbered name (`model.layers.3`). With s_i the sparsity that OWL gives block i, its density is
+    density * (1 - s_i) / (1 - mean s), as in MPIFA_NS.
+    """
+    blocks: dict[str, list[int]] = {}
+    for index, layers in enumerate(sets):
+        blocks.setdefault(_block_of(layers[0].name), []).append(index)
+    ratios = {}
+    for block, members in blocks.items():
+        outliers = total = 0
+        for layer in (layer for index in members for layer in sets[index]):
+            norms = _gram(layer).diagonal().clamp(min=0).sqrt().float()
+            score = layer.weight.float().abs() * norms
+            outliers += int((score > multiple_of_mean * score.mean()).sum())
+            total += score.numel()
+        ratios[block] = outliers / total
+    low, high = min(ratios.values()), max(ratios.values())
+    scaled = {
+        block: 2 * spread * (ratio - low) / (high - low) if high > low else 0.0 for block, ratio in ratios.items()
+    }
+    mean = sum(scaled.values()) / len(scaled)
+    densities = [budget.density] * len(sets)
+    for block, members in blocks.items():
+        for index in members:
+            densities[index] += scaled[block] - mean
+    sizes = [_size(layers) for layers in sets]
+    scale = budget.density * sum(sizes) / sum(d * size for d, size in zip(densities, sizes, strict=True))
+    return _by_density(sets, [min(max(scale * density, 1e-9), 1.0) for density in densities], budget)
+
+
+def d_rank(sets: Sequence[Set], budget: Budget) -> Ranks:
+    """D-Rank (arXiv 2509.25622, section 3): the least sum of R_eff / rank over all layers.
+
+    R_eff is the effective rank, exp of the entropy of the normalised squared singular values of the weight times a root
+    of its inputs' Gram matrix. Without the paper's transfer from queries and keys to values.
+    """
+    curves = []
+    for layers in sets:
+        full = min(layers[0].shape)
+        effective = sum(_effective_rank(squared_singular_values(layer)) for layer in layers)
+        curves.append(effective / torch.arange(full + 1, dtype=torch.float64).clamp(min=1))
+    return _minimise(sets, curves, budget)
+
+
+def globally(sets: Sequence[Set], budget: Budget) -> Ranks:
+    """Predictions moved least in all, to second order; least relative output errors where gradients are unknown."""
+    weighted = all(layer.gradient_gram is not None for layers in sets for layer in layers)
+    return _minimise(sets, [losses(layers) if weighted else relative_losses(layers) for layers in sets], budget)
+
+
+ALLOCATORS: Mapping[str, Allocator] = {
+    "global": Allocator(globally, needs_gram=True),
+    "uniform": Allocator(uniform),
+    "attn-mlp": Allocator(attention_mlp, needs_gram=True),
+    "owl": Allocator(owl, needs_gram=True),
+    "d-rank": Allocator(d_rank, needs_gram=True),
+}
+"""By the name that `CompressConfig(allocator=...)` and `pifa compress --allocator` take."""
+
+
+def squared_singular_values(layer: Layer) -> Tensor:
+    """Of G^1/2 W A^1/2, descending, [min(out, in)], float64; G is the identity where gradients are not known.
+
+    With L L^T = A they are the eigenvalues of L^T W^T G W L, so that only the matrix of the smaller side, here that of
+    the inputs, needs a root.
+    """
+    weight = layer.weight.double()
+    grams = [gram if gram is None else gram.double() for gram in (_gram(layer), layer.gradient_gram)]
+    if weight.shape[0] < weight.shape[1]:
+        weight, grams = weight.T, grams[::-1]
+    smaller, larger = grams
+    small = weight.T @ (weight if larger is None else larger @ weight)
+    if smaller is not None:
+        root = gram_root(smaller, 0).root
+        small = root.T @ small @ root
+    try:
+        squared: Tensor = torch.linalg.eigvalsh(small)
+    except LinAlgError as error:
+        raise RankError(
+            f"the singular values of {layer.name} cannot be computed ({error}); take the allocator uniform, or skip it"
+        ) from error
+    return squared.flip(0).clamp(min=0)
+
+
+def losses(layers: Set) -> Tensor:
+    """Summed loss of a set at rank 0, 1, ..., full, [full + 1]: what the singular values past the rank add up to."""
+    return torch.stack([_tail_sums(squared_singular_values(layer)) for layer in layers]).sum(dim=0)
+
+
+def relative_losses(layers: Set) -> Tensor:
+    """As `losses`, each layer's by what its outputs add up to."""
+    tails = [_tail_sums(squared_singular_values(replace(layer, gradient_gram=None))) for layer in layers]
+    return torch.stack([tail / tail[0].clamp(min=1e-300) for tail in tails]).sum(dim=0)
+
+
+def _tail_sums(squared: Tensor) -> Tensor:
+    return torch.cat((squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)))
+
+
+def _effective_rank(squared: Tensor) -> float:
+    shares = squared / squared.sum().clamp(min=1e-300)
+    return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))
+
+
+def _gram(layer: Layer) -> Tensor:
+    if layer.gram is None:
+        raise ValueError(f"no Gram matrix of the inputs of {layer.name}")
+    return layer.gram
+
+
+def _size(layers: Set) -> int:
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def _block_of(name: str) -> str:
+    found = re.match(r"(.*?\b\d+)\b", name)
+    return found[1] if found else name
+
+
+def _minimise(sets: Sequence[Set], curves: Sequence[Tensor], budget: Budget) -> Ranks:
+    options: list[Choices] = []
+    for layers, curve in zip(sets, curves, strict=True):
+        share = budget.equal_share(layers, exact=True)
+        least = min(LEAST_RANK, share)
+        if share >= budget.multiple:
+            least = max(least - least % budget.multiple, budget.multiple)
+        options.append(choices([layer.shape for layer in layers], curve, multiple=budget.multiple, least=least))
+    chosen = minimise(options, budget.numbers(sets))
+    return [
+        None if index == len(each.ranks) - 1 else int(each.ranks[index])
+        for each, index in zip(options, chosen, strict=True)
+    ]
+
+
+def _by_density(sets: Sequence[Set], densities: Sequence[float], budget: Budget) -> Ranks:
+    """Ranks from a density for each set; what rounding ranks down leaves goes to those that it took most from."""
+    ranks: Ranks = []
+    lost = []
+    for layers, density in zip(sets, densities, strict=True):
+        own = replace(budget, density=density)
+        rank, exact = own.equal_share(layers), own.equal_share(layers, exact=True)
+        dense = stored_numbers(*layers[0].shape, rank) >= layers[0].weight.numel()
+        ranks.append(None if dense else rank)
+        lost.append(1 - rank / exact)
+    if budget.multiple == 1:
+        return ranks  # exact ranks leave less than a row each
+    cost = [
+        len(layers) * stored_numbers(*layers[0].shape, rank) if rank is not None else _size(layers)
+        for layers, rank in zip(sets, ranks, strict=True)
+    ]
+    left = budget.numbers(sets) - sum(cost)
+    for index in sorted(range(len(sets)), key=lambda index: -lost[index]):
+        layers, given = sets[index], ranks[index]
+        if given is None or given % budget.multiple or given + budget.multiple > min(layers[0].shape):
+            continue
+        raised = stored_numbers(*layers[0].shape, given + budget.multiple)
+        more = len(layers) * raised - cost[index]
+        if more <= left and raised < layers[0].weight.numel():
+            ranks[index] = given + budget.multiple
+            left -= more
+    return ranks

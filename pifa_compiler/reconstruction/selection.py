@@ -1,0 +1,237 @@
+"""Which linears of a captured model are compressed, which are left alone and why, and what their ranks are to be."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..errors import CaptureError, ConfigError, RankError
+from ..exchange.allowed import Exchangeable, caller_of, readers_of
+from ..factors import stored_numbers
+from ..graph.linears import is_transposed, uses_of_weights, weight_name
+from ..graph.run import ancestors
+from ..modules import embedding_storages, is_plain_linear, module_at, storage_of, weight_of
+from ..report import LayerReport
+from .allocators import ALLOCATORS, Budget, Layer
+from .statistics import DenseStatistics
+
+_SOFTMAX = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
+
+
+@dataclass(frozen=True)
+class RankedLinear:
+    """One linear to compress: where it is and the rank it shall have (None: it stays dense, for `reason`)."""
+
+    name: str
+    weight: Tensor  # [out, in], a view of the model's own
+    rank: int | None
+    reason: str | None = None
+
+
+def find_linears(
+    model: nn.Module,
+    graph: GraphModule,
+    skip: Sequence[str],
+    ranks: Mapping[str, int],
+    exchangeable: Exchangeable | None = None,
+) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
+    """The linears to compress with their names and weights [out, in], and reports of those to leave alone.
+
+    Raises:
+        CaptureError: there are no linears, or none that may be compressed.
+        ConfigError: a pattern matches none.
+    """
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    if not nodes:
+        raise CaptureError(f"{type(model).__name__} has no dense linear layers left to compress")
+    exchangeable = Exchangeable(model, graph) if exchangeable is None else exchangeable
+    uses = uses_of_weights(graph)
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    embedded = embedding_storages(model)
+    output = _output_head(model)
+    found: dict[Node, tuple[str, Tensor]] = {}
+    reports: dict[str, LayerReport] = {}
+    patterns = set(skip)
+    for node in nodes:
+        full_name = weight_name(node)
+        parameter = parameters.get(full_name)
+        if parameter is None:
+            for report in _of_computed_weight(model, node, parameters):
+                reports[report.name] = report
+            continue
+        name = full_name.removesuffix(".weight")
+        weight = parameter.detach().T if is_transposed(node) else parameter.detach()
+        matched = [pattern for pattern in skip if fnmatchcase(name, pattern)]
+        patterns -= set(matched)
+        if storage_of(parameter) in embedded:
+            reason: str | None = "weight is tied to an embedding"
+        elif output is not None and module_at(model, name) is output:
+            reason = "output head"
+        elif matched:
+            reason = f"skipped by pattern {matched[0]!r}"
+        elif uses[full_name] > 1:
+            reason = f"weight is used by {uses[full_name]} linears"
+        else:
+            reason = _why_left(model, graph, node, full_name, exchangeable)
+        if reason is None:
+            found[node] = (name, weight)
+        else:
+            reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+    # A weight that another is computed from stays too.
+    found = {node: linear for node, linear in found.items() if linear[0] not in reports}
+    for name, module in model.named_modules():
+        seen = name in reports or any(name == known for known, _ in found.values())
+        if is_plain_linear(module) and not seen:
+            d_out, d_in = weight_of(module).shape
+            reason = "not reached when the model is called as the calibration batches call it"
+            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
+    unknown = patterns | {p for p in ranks if not any(fnmatchcase(name, p) for name, _ in found.values())}
+    if unknown:
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
+        raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
+    if not found:
+        reasons = ", ".join(sorted({str(report.skipped) for report in reports.values()}))
+        raise CaptureError(f"every linear of the model is skipped; nothing is left to compress: {reasons}")
+    return found, list(reports.values())
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that a Hugging Face model says its outputs come from; None if it says nothing."""
+    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    try:
+        return head() if callable(head) else None
+    except (NotImplementedError, AttributeError):  # how models of other kinds say that they have none
+        return None
+
+
+def _why_left(
+    model: nn.Module, graph: GraphModule, node: Node, full_name: str, exchangeable: Exchangeable
+) -> str | None:
+    """Why the layer that owns a weight cannot be exchanged; None if it can."""
+    owner_name, _, attribute = full_name.rpartition(".")
+    owner = module_at(model, owner_name)
+    if owner is None:
+        return f"{full_name} is no parameter of a module of the model"
+    if isinstance(model, GraphModule) and not is_plain_linear(owner):
+        # The graph itself reads the weight: it is rewritten, whoever holds the parameter.
+        others = [reader for reader in readers_of(graph, full_name) if reader is not node]
+        return f"weight is read by {others[0].name} too" if others else exchangeable.why_tied(full_name)
+    if attribute != "weight" or not (is_plain_linear(owner) or isinstance(owner, nn.Linear)):
+        kind = type(owner).__name__
+        return f"weight is a parameter of {kind} itself, not of a linear layer; put it into an nn.Linear"
+    return exchangeable.why_not(owner_name)
+
+
+def _of_computed_weight(model: nn.Module, node: Node, parameters: Mapping[str, nn.Parameter]) -> list[LayerReport]:
+    """Reports of the layers whose parameters a linear's weight is computed from."""
+    weight = node.args[1]
+    if not isinstance(weight, Node) or weight.op in ("placeholder", "get_attr"):
+        return []  # given to the model, or a buffer
+    shape = weight.meta["val"].shape
+    operators = str(weight.target).rpartition("aten.")[2].partition(".")[0]
+    where, _ = caller_of(node)
+    sources = [str(other.target) for other in ancestors(weight) if other.op == "get_attr"]
+    names = [name for name in dict.fromkeys(sources) if name in parameters]
+    reason = f"weight is computed from {', '.join(names)} by {operators}"
+    if isinstance(module_at(model, where), nn.Linear):
+        layers = [where]
+    else:
+        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")] or names
+    return [LayerReport.of_skip(name, (int(shape[0]), int(shape[1])), reason, target=False) for name in layers]
+
+
+def give_ranks(
+    found: Mapping[Node, tuple[str, Tensor]],
+    one_order: Mapping[str, tuple[str, ...]],
+    statistics: DenseStatistics,
+    attention: Set[Node],
+    *,
+    allocator: str,
+    budget: Budget,
+    fixed: Mapping[str, int],
+) -> dict[Node, RankedLinear]:
+    """The rank of every linear that was found, or why it stays dense.
+
+    Args:
+        found: names and weights [out, in] by node.
+        one_order: for a layer whose outputs meet those of others (gate and up), the names of all of them.
+        statistics: of the dense model, as far as the allocator needs them.
+        attention: the linears in front of and behind attention.
+        allocator: a name in `ALLOCATORS`.
+        budget: of the layers that no pattern of `fixed` matches.
+        fixed: ranks by name pattern, the first that matches counts.
+
+    Raises:
+        RankError: a fixed rank does not exist for its weight, or the density leaves no room for rank 1.
+    """
+    targets: dict[Node, RankedLinear] = {}
+    sets: dict[tuple[object, ...], list[Node]] = {}
+    for node, (name, weight) in found.items():
+        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(name, pattern)]
+        if ranks:
+            targets[node] = _fixed(name, weight, ranks[0])
+        elif budget.density == 1:
+            targets[node] = RankedLinear(name, weight, None, "density 1 keeps every weight dense")
+        else:
+            sets.setdefault((one_order.get(name, name), *weight.shape), []).append(node)
+    layers = [
+        [
+            Layer(
+                *found[node],
+                attention=node in attention,
+                gram=statistics.gram.get(weight_name(node)),
+                gradient_gram=statistics.gradient_gram.get(weight_name(node)),
+            )
+            for node in nodes
+        ]
+        for nodes in sets.values()
+    ]
+    ranks_of_sets = ALLOCATORS[allocator].ranks(layers, budget) if layers else []
+    for nodes, rank in zip(sets.values(), ranks_of_sets, strict=True):
+        reason = f"the allocator {allocator} keeps it dense at density {budget.density}" if rank is None else None
+        targets.update({node: RankedLinear(*found[node], rank, reason) for node in nodes})
+    return {node: targets[node] for node in found}
+
+
+def _fixed(name: str, weight: Tensor, rank: int) -> RankedLinear:
+    d_out, d_in = weight.shape
+    if rank > min(d_out, d_in):
+        raise RankError(f"{name}: rank {rank} asked for a weight [{d_out}, {d_in}], at most {min(d_out, d_in)} exists")
+    if stored_numbers(d_out, d_in, rank) >= d_out * d_in:
+        return RankedLinear(name, weight, None, f"PIFA at rank {rank} would not be smaller than the dense weight")
+    return RankedLinear(name, weight, rank)
+
+
+def find_attention(graph: GraphModule) -> set[Node]:
+    """The linears that make queries, keys and values, and those that read what attention gives.
+
+    Attention is known by its softmax: no linear lies between it and these.
+    """
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.target in _SOFTMAX:
+            found |= _nearest_linears(node, lambda node: node.all_input_nodes)
+            found |= _nearest_linears(node, lambda node: list(node.users))
+    return found
+
+
+def _nearest_linears(start: Node, neighbours: Callable[[Node], list[Node]]) -> set[Node]:
+    found: set[Node] = set()
+    seen, pending = {start}, [start]
+    while pending:
+        for node in neighbours(pending.pop()):
+            if node in seen or node.op == "get_attr":
+                continue
+            seen.add(node)
+            if node.target is torch.ops.aten.linear.default:
+                found.add(node)
+            else:
+                pending.append(node)
+    return found

@@ -1,0 +1,77 @@
+"""What is summed over calibration tokens: at the inputs of linears for M, in the dense model to weigh errors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the calibration tokens at the input of a linear, as float64 tensors.
+
+    Each batch's products are taken in float32, where a sum over n tokens is exact to some sqrt(n) 2^-24 of it, and
+    added up in float64: directions of an input that have less than that of the largest are noise in these sums.
+
+    Attributes:
+        gram: A = sum x_u x_u^T, [in, in].
+        cross: B = sum x_o x_u^T, [in, in]; None where `output_cross` stands in for it at all linears.
+        dense_gram: sum x_o x_o^T, [in, in]; the same as `gram` unless the method asked for both.
+        mean_abs: mean |x_o| of every channel, [in].
+        tokens: how many tokens were summed.
+        output_cross: of linears whose output is added to a value h (the residual stream), by the name of their weights:
+            sum (W x_o + h_o - h_u) x_u^T, [out, in], h_o in the dense model and h_u in the compressed one. Without the
+            drift h_o - h_u it would be W B, and takes fewer products where out < in.
+    """
+
+    gram: Tensor
+    cross: Tensor | None
+    dense_gram: Tensor
+    mean_abs: Tensor
+    tokens: int
+    output_cross: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class DenseStatistics:
+    """Sums over the calibration tokens in the dense model, by the names of the linears' weights, in float32.
+
+    Attributes:
+        gram: sum x x^T, [in, in]; linears on one input share one tensor.
+        gradient_gram: sum g g^T, [out, out]; see the module's docstring. The random signs are the same in every run.
+        sum_abs: sum |x| of every channel, [in].
+        tokens: how many tokens were summed at the input of each; a pooler sees fewer than the layers before it.
+        no_gradients: why `gradient_gram` is empty; None if it is not.
+        notes: what was out of the ordinary, such as padding that was not known as such.
+    """
+
+    gram: dict[str, Tensor] = field(default_factory=dict)
+    gradient_gram: dict[str, Tensor] = field(default_factory=dict)
+    sum_abs: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    no_gradients: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def of_input(self, name: str) -> Statistics:
+        """The sums at the input of the linear with the weight `name`, as methods of one flow take them.
+
+        Raises:
+            CalibrationError: nothing is known of this linear.
+        """
+        if name not in self.gram:
+            raise CalibrationError(
+                f"the statistics know nothing of {name}; measure them on the same model with batches that reach it"
+            )
+        gram, tokens = self.gram[name].double(), self.tokens[name]
+        return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(tokens, 1), tokens)
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """||(W - W') X|| / ||W X|| on the inputs whose Gram matrix is `gram`; weights [out, in], any dtype."""
+    gram = gram.float()
+    dense, difference = weight.float(), weight.float() - approximation.float()
+    lost = float(((difference @ gram) * difference).sum().clamp(min=0))
+    total = float(((dense @ gram) * dense).sum())
+    return (lost / total) ** 0.5 if total > 0 else 0.0

@@ -1,0 +1,185 @@
+import pytest
+import torch
+
+from pifa_compiler.reconstruction.methods import (
+    METHODS,
+    MethodOptions,
+    damped_root,
+    gram_root,
+    solve_weighted,
+    truncate,
+)
+from pifa_compiler.reconstruction.statistics import Statistics, relative_error
+
+
+def statistics_of(dense: torch.Tensor, compressed: torch.Tensor) -> Statistics:
+    return Statistics(
+        gram=compressed.T @ compressed,
+        cross=dense.T @ compressed,
+        dense_gram=dense.T @ dense,
+        mean_abs=dense.abs().mean(dim=0),
+        tokens=len(dense),
+    )
+
+
+def problem(tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, its inputs in the dense model (correlated channels) and in the compressed one (noise added)."""
+    weight = torch.randn(24, 20, dtype=torch.float64)
+    dense = torch.randn(tokens, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64)
+    dense *= torch.logspace(0, -2, 20, dtype=torch.float64)
+    return weight, dense, dense + 0.1 * torch.randn(tokens, 20, dtype=torch.float64)
+
+
+def objective(weight, approximation, dense, compressed, mix, lack=0) -> float:
+    """M's objective by the textbook: no Gram matrices. `lack` is H_o - H_u, tokens as rows."""
+    target = (1 - mix) * compressed @ weight.T + mix * (dense @ weight.T + lack)
+    return float((target - compressed @ approximation.T).square().sum())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_beats_svd_on_held_out_tokens(name):
+    weight, dense, compressed = problem(800)
+    statistics = statistics_of(dense[:400], compressed[:400])
+    errors = {}
+    for method in ("svd", name):
+        low_rank = METHODS[method].prepare(statistics, MethodOptions())(weight, 8)
+        assert low_rank.u.shape == (24, 8)
+        assert low_rank.v.shape == (8, 20)
+        errors[method] = objective(weight, low_rank.u @ low_rank.v, dense[400:], compressed[400:], 0.25)
+    assert errors[name] <= errors["svd"]
+    assert name == "svd" or errors[name] < 0.9 * errors["svd"]
+
+
+def test_optimal_is_the_minimiser_of_the_objective():
+    weight, dense, compressed = problem()
+    solve = METHODS["optimal"].prepare(statistics_of(dense, compressed), MethodOptions(mix=0.25, damping=0))
+    found = solve(weight, 8)
+    best = objective(weight, found.u @ found.v, dense, compressed, 0.25)
+    # The textbook's reduced-rank regression: least squares, then the projection onto the leading fitted outputs.
+    target = 0.75 * compressed @ weight.T + 0.25 * dense @ weight.T
+    full = torch.linalg.lstsq(compressed, target).solution
+    leading = torch.linalg.svd(compressed @ full, full_matrices=False).Vh[:8]
+    textbook = objective(weight, (full @ leading.T @ leading).T, dense, compressed, 0.25)
+    assert best == pytest.approx(textbook, rel=1e-9)
+    for _ in range(20):
+        other = found.u + 1e-3 * torch.randn_like(found.u), found.v + 1e-3 * torch.randn_like(found.v)
+        assert objective(weight, other[0] @ other[1], dense, compressed, 0.25) > best
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_drift_is_made_up_for_by_the_minimiser_of_the_objective_with_it(weighted: bool):
+    weight, dense, compressed = problem()
+    lack = 3 * compressed @ torch.randn(20, 24, dtype=torch.float64) + torch.randn(400, 24, dtype=torch.float64)
+    root = torch.triu(torch.randn(24, 24, dtype=torch.float64)) + 5 * torch.eye(24, dtype=torch.float64)
+    settings = MethodOptions(mix=0.25, damping=0, gradient_damping=0)
+    solve = METHODS["two-sided"].prepare(statistics_of(dense, compressed), settings)
+    outputs = (dense @ weight.T + lack).T @ compressed
+    if weighted:
+        found = solve_weighted(solve, weight, 8, root.T @ root, settings, outputs)
+    else:
+        root = torch.eye(24, dtype=torch.float64)
+        found = solve(weight, 8, outputs)
+    # Reduced-rank regression of the weighted target, by samples.
+    target = (0.75 * compressed @ weight.T + 0.25 * (dense @ weight.T + lack)) @ root.T
+    full = torch.linalg.lstsq(compressed, target).solution
+    leading = torch.linalg.svd(compressed @ full, full_matrices=False).Vh[:8]
+    textbook = torch.linalg.solve(root, (full @ leading.T @ leading).T)
+    torch.testing.assert_close(found.u @ found.v, textbook, rtol=1e-8, atol=1e-8)
+    if not weighted:
+        without = solve(weight, 8)
+        errors = [objective(weight, each.u @ each.v, dense, compressed, 0.25, lack) for each in (found, without)]
+        assert errors[0] < 0.5 * errors[1]
+
+
+def test_mpifa_follows_the_published_steps():
+    """U and V as the authors' code computes them, from samples instead of sums."""
+    weight, dense, compressed = problem()
+    target = 0.75 * compressed @ weight.T + 0.25 * dense @ weight.T
+    scaling = torch.linalg.cholesky(dense.T @ dense)
+    left, singular, right = torch.linalg.svd(weight @ scaling)
+    v = singular[:8].sqrt()[:, None] * right[:8] @ torch.linalg.inv(scaling)
+    gram, cross = compressed.T @ compressed, target.T @ compressed
+    u = torch.linalg.solve(v @ gram @ v.T, cross @ v.T, left=False)
+    ridge = 1e-3 * torch.eye(20, dtype=torch.float64)
+    v = torch.linalg.lstsq(u, torch.linalg.solve(gram + ridge, cross + 1e-3 * weight, left=False)).solution
+    found = METHODS["mpifa"].prepare(statistics_of(dense, compressed), MethodOptions(mix=0.25))(weight, 8)
+    torch.testing.assert_close(found.u @ found.v, u @ v, rtol=1e-8, atol=1e-8)
+    assert left.shape == (24, 24)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("defect", ["few tokens", "dead channel", "all zero"])
+def test_singular_statistics_never_crash_and_are_recorded(name, defect):
+    weight, dense, compressed = problem(tokens=10 if defect == "few tokens" else 400)
+    if defect == "dead channel":
+        dense[:, 3] = compressed[:, 3] = 0
+    if defect == "all zero":
+        dense, compressed = torch.zeros_like(dense), torch.zeros_like(compressed)
+    low_rank = METHODS[name].prepare(statistics_of(dense, compressed), MethodOptions(damping=0))(weight, 8)
+    assert torch.isfinite(low_rank.u @ low_rank.v).all()
+    if name in ("optimal", "mpifa", "svd-llm"):
+        assert any("singular" in note for note in low_rank.notes)
+
+
+def test_optimal_pulls_towards_the_weight_where_nothing_was_seen():
+    weight, dense, compressed = problem()
+    dense[:, 3] = compressed[:, 3] = 0
+    solve = METHODS["optimal"].prepare(statistics_of(dense, dense), MethodOptions(damping=1e-3))
+    found = solve(weight, 20)  # full rank: everything can be kept
+    torch.testing.assert_close(found.u @ found.v, weight, rtol=1e-6, atol=1e-6)
+
+
+def test_gram_root_is_a_root_and_its_inverse():
+    matrix = torch.randn(30, 20, dtype=torch.float64)
+    gram = matrix.T @ matrix
+    root = gram_root(gram, 30)
+    torch.testing.assert_close(root.root @ root.root.T, gram)
+    torch.testing.assert_close(root.root @ root.inverse, torch.eye(20, dtype=torch.float64))
+    assert root.notes == ()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_truncate_is_the_truncated_svd(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    u, v = truncate(matrix, 6)
+    torch.testing.assert_close(u @ v, left[:, :6] * singular[:6] @ right[:6])
+
+
+def test_relative_error_is_that_of_the_outputs():
+    weight, dense, _ = problem()
+    other = weight + 0.1 * torch.randn_like(weight)
+    direct = float((dense @ (weight - other).T).norm() / (dense @ weight.T).norm())
+    assert relative_error(weight, other, dense.T @ dense) == pytest.approx(direct, rel=1e-4)
+
+
+def test_a_singular_gram_matrix_of_gradients_is_no_error_at_any_damping_that_is_permitted():
+    """Sums in float32 of large gradients have negative eigenvalues far beyond 1e-6 of their mean diagonal."""
+    torch.manual_seed(0)
+    directions = torch.randn(256, 2)
+    gram = directions @ directions.T
+    gram = (gram + gram.T) / 2 - 3e-5 * torch.eye(256) * gram.diagonal().mean()  # as float32 leaves them
+    weight = torch.randn(256, 32, dtype=torch.float64)
+    inputs = torch.randn(300, 32, dtype=torch.float64)
+    statistics = statistics_of(inputs, inputs)
+    solve = METHODS["optimal"].prepare(statistics, MethodOptions())
+    found = solve_weighted(solve, weight, 8, gram, MethodOptions(gradient_damping=1e-6))
+    error = (found.u @ found.v - weight).square()
+    assert torch.isfinite(error).all()
+    assert any("not positive definite at damping 1e-06" in note for note in found.notes)
+    # What the gradients feel is kept best: the weight's part along their two directions.
+    basis = torch.linalg.qr(directions.double()).Q
+    felt = (basis.T @ (found.u @ found.v - weight)).norm() / (basis.T @ weight).norm()
+    assert felt < 0.01
+    exact = solve_weighted(solve, weight, 8, directions @ directions.T, MethodOptions(gradient_damping=1e-2))
+    assert exact.notes == ()
+
+
+def test_the_clamped_root_is_the_root_of_what_is_positive():
+    vectors = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    values = torch.tensor([3.0, 1.0, 0.5, 0.0, -1e-4, -1e-3], dtype=torch.float64)
+    found = damped_root(vectors * values @ vectors.T, 1e-6)
+    wanted = vectors * (values.clamp(min=0) + 1e-6) @ vectors.T
+    torch.testing.assert_close(found.root @ found.root.T, wanted, rtol=0, atol=1e-12)
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(found.inverse @ found.root, eye, rtol=0, atol=1e-9)  # condition number 2e3, float64
