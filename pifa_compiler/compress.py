@@ -32,7 +32,7 @@ from .reconstruction.sweep import Flow, Group, Progress, Sweep, groups
 from .report import LayerReport, Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """What `compress` is asked to do.
 

@@ -126,7 +126,7 @@ def check(name: str, config: Callable[[], Any], make_call: Callable[[], Call]) -
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = [make_call() for _ in range(2)]
     try:
-        report = pc.compress(model, batches, pc.CompressConfig(0.6, rank_multiple=1))
+        report = pc.compress(model, batches, pc.CompressConfig(density=0.6, rank_multiple=1))
     except pc.PifaError:
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         return None

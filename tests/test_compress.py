@@ -374,7 +374,9 @@ def test_an_interrupt_leaves_the_model_as_it_was():
 def test_what_rounding_the_ranks_leaves_goes_to_other_layers():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(6)))
-    report = pc.compress(model, [torch.randn(200, 100)], pc.CompressConfig(0.5, "optimal", rank_multiple=16))
+    report = pc.compress(
+        model, [torch.randn(200, 100)], pc.CompressConfig(density=0.5, method="optimal", rank_multiple=16)
+    )
     ranks = sorted(layer.rank for layer in report.factorized)
     # 29 rows fit into half of 100 x 100 numbers; rounded down to 16 they leave room for five layers at 32.
     assert ranks == [16, 32, 32, 32, 32, 32]
@@ -384,7 +386,7 @@ def test_what_rounding_the_ranks_leaves_goes_to_other_layers():
 def test_gate_and_up_get_one_rank_and_one_order_from_every_allocator():
     for allocator in ALLOCATORS:
         model = llama()
-        pc.compress(model, tokens(2), pc.CompressConfig(0.6, allocator=allocator, rank_multiple=1))
+        pc.compress(model, tokens(2), pc.CompressConfig(density=0.6, allocator=allocator, rank_multiple=1))
         for layer in model.model.layers:
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
             assert type(gate) is type(up)
@@ -397,7 +399,7 @@ def test_gradients_are_used_by_default_and_only_then():
     found = {}
     for options in ({}, {"gradients": False}, {"method": "optimal", "allocator": "global"}):
         model = copy.deepcopy(dense)
-        report = pc.compress(model, batches, pc.CompressConfig(0.6, rank_multiple=1, mix=0, **options))
+        report = pc.compress(model, batches, pc.CompressConfig(density=0.6, rank_multiple=1, mix=0, **options))
         assert report.notes == []
         found[str(options)] = logits(model, batches[0])
     with_gradients, without, optimal = found.values()
@@ -427,11 +429,13 @@ def test_two_sided_minimises_the_weighted_error_of_every_layer():
 
 
 def test_a_model_without_a_next_token_loss_is_compressed_by_its_inputs_alone_and_says_so():
-    report = pc.compress(mlp(), mlp_batches(), pc.CompressConfig(0.6, rank_multiple=1))
+    report = pc.compress(mlp(), mlp_batches(), pc.CompressConfig(density=0.6, rank_multiple=1))
     assert report.notes == [
         "output errors are not weighted by gradients: the model is not called with token ids [batch, 2 or more tokens]"
     ]
-    assert pc.compress(mlp(), mlp_batches(), pc.CompressConfig(0.6, gradients=False, rank_multiple=1)).notes == []
+    assert (
+        pc.compress(mlp(), mlp_batches(), pc.CompressConfig(density=0.6, gradients=False, rank_multiple=1)).notes == []
+    )
 
 
 def test_layers_that_the_allocator_keeps_dense_count_for_the_density():
@@ -439,7 +443,7 @@ def test_layers_that_the_allocator_keeps_dense_count_for_the_density():
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
     for layer in model[1:]:
         layer.weight.data = torch.outer(torch.randn(40), torch.randn(40))  # of rank 1: they leave all to the first
-    report = pc.compress(model, [torch.randn(200, 40)], pc.CompressConfig(0.8, rank_multiple=1))
+    report = pc.compress(model, [torch.randn(200, 40)], pc.CompressConfig(density=0.8, rank_multiple=1))
     assert report.layers[0].skipped == "the allocator global keeps it dense at density 0.8"
     assert report.layers[0].target
     assert 0.75 < report.density <= 0.8

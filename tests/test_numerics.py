@@ -88,7 +88,7 @@ def plain() -> tuple[dict[str, torch.Tensor], DenseStatistics]:
     batches = [torch.arange(40).view(2, 20) % 17]
     model = language_model()
     statistics = measure(model, batches)
-    pc.compress(model, batches, pc.CompressConfig(0.8, rank_multiple=1))
+    pc.compress(model, batches, pc.CompressConfig(density=0.8, rank_multiple=1))
     return model.state_dict(), statistics
 
 
@@ -98,7 +98,7 @@ def test_what_the_caller_has_set_changes_no_bit_and_is_set_afterwards(plain, cal
     with caller():
         before = state()
         statistics = measure(model, batches)
-        pc.compress(model, batches, pc.CompressConfig(0.8, rank_multiple=1))
+        pc.compress(model, batches, pc.CompressConfig(density=0.8, rank_multiple=1))
         assert state() == before
     weights, wanted = plain
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

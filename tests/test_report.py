@@ -60,7 +60,7 @@ def test_a_mixture_of_experts_says_how_much_of_it_is_untouched(tmp_path, capsys:
     )
     model = transformers.MixtralForCausalLM(config).eval()
     experts = 2 * 8 * 3 * 64 * 64
-    report = pc.compress(model, [torch.randint(3, 32, (2, 16))], pc.CompressConfig(0.5, rank_multiple=1))
+    report = pc.compress(model, [torch.randint(3, 32, (2, 16))], pc.CompressConfig(density=0.5, rank_multiple=1))
     assert report.density <= 0.5
     assert report.untouched_by_kind["MixtralExperts"] == experts
     assert report.untouched > 0.75 * report.params_before
@@ -87,7 +87,7 @@ def test_a_tied_embedding_is_counted_with_the_head():
         n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16, bos_token_id=1, eos_token_id=2
     )
     model = transformers.GPT2LMHeadModel(config).eval()
-    report = pc.compress(model, [torch.randint(3, 32, (2, 12))], pc.CompressConfig(0.6, rank_multiple=1))
+    report = pc.compress(model, [torch.randint(3, 32, (2, 12))], pc.CompressConfig(density=0.6, rank_multiple=1))
     numbers = sum(other.numbers for other in report.others)
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias") and ".ln_" not in name)
     assert numbers + biases + sum(layer.stored_after for layer in report.layers) == report.params_after

@@ -224,7 +224,9 @@ def _row(
         stored, seconds = STORED, time.perf_counter() - started
     elif density is not None:
         method, _, allocator = name.partition("+")
-        config = CompressConfig(density, method, rank_multiple=setting.rank_multiple, allocator=allocator or None)
+        config = CompressConfig(
+            density=density, method=method, rank_multiple=setting.rank_multiple, allocator=allocator or None
+        )
         kind = METHODS[method]
         if not kind.two_flows or kind.gradients or ALLOCATORS[config.allocator or kind.allocator].needs_gram:
             statistics, shared_seconds = shared.statistics(kind.gradients, progress)

@@ -139,7 +139,7 @@ def run(
     held_out = evaluation_batches("pydoc", dense, tokenizer, seqlen=plan.seqlen, limit=plan.windows)
 
     other = load_model(path)
-    config = CompressConfig(plan.density, rank_multiple=plan.rank_multiple)
+    config = CompressConfig(density=plan.density, rank_multiple=plan.rank_multiple)
     report = compress(other, calibration, config, progress=lambda d, n, what: tell(d, n, f"compressing {what}"))
     save_pretrained(other, output, tokenizer=tokenizer, report=report, overwrite=overwrite)
     del other

@@ -180,7 +180,7 @@ def _model_card(model: Any, settings: Mapping[str, Any]) -> str:
     facts = [
         f"- layers in PIFA form: {len(settings['ranks'])}",
         f"- made by: {settings['method'] or 'unknown'}",
-        f"- density: {'unknown' if reached is None else format(reached, '.4f')}"
+        ("- density: unknown" if reached is None else f"- density: {reached:.4f}")
         + ("" if requested is None else f" (asked for: {requested})"),
         "- written by: " + ", ".join(f"{package} {number}" for package, number in settings["versions"].items()),
     ]

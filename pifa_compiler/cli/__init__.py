@@ -132,12 +132,12 @@ def compress_verb(
     place = _device_of(device)
     try:
         config = CompressConfig(
-            density,
-            method,
-            mix,
-            damping,
-            _ranks(rank or []),
-            tuple(skip or ()),
+            density=density,
+            method=method,
+            mix=mix,
+            damping=damping,
+            ranks=_ranks(rank or []),
+            skip=tuple(skip or ()),
             rank_multiple=rank_multiple,
             allocator=allocator,
             gradients=gradients,

@@ -153,7 +153,7 @@ def test_a_saved_model_is_measured_as_it_is(tmp_path: Path) -> None:
     from pifa_compiler import CompressConfig, compress, save_pretrained
 
     model = tiny_llama()
-    compress(model, [torch.randint(64, (1, 8))], CompressConfig(0.5, method="svd", rank_multiple=1))
+    compress(model, [torch.randint(64, (1, 8))], CompressConfig(density=0.5, method="svd", rank_multiple=1))
     save_pretrained(model, tmp_path / "saved")
     plan = ModelPlan(dtype="fp32", prompt_tokens=5, decode_context=4, seconds=0.0)
     rows = list(model_rows(str(tmp_path / "saved"), plan))

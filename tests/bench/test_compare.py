@@ -41,7 +41,7 @@ def test_every_row_is_what_compress_gives_by_itself(tmp_path, texts):
     for row in rows[1:]:
         method, _, allocator = row.method.partition("+")
         model = tiny_llama()
-        config = pc.CompressConfig(0.6, method, rank_multiple=1, allocator=allocator or None)
+        config = pc.CompressConfig(density=0.6, method=method, rank_multiple=1, allocator=allocator or None)
         assert pc.compress(model, batches, config).density == row.stored <= 0.6
         for text in texts:
             assert row.perplexity[text] == pytest.approx(perplexity(model, texts[text]).perplexity, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Refusals and the all-or-nothing writing of saved models; what a sound folder gives is in test_hf_quantizer.py."""
+"""Refusals and the all-or-nothing writing of saved models; what a sound folder gives is in test_quantizer.py."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from torch import nn
 
 import pifa_compiler
 from pifa_compiler import checkpoint
-from pifa_compiler.checkpoint import load_pretrained
+from pifa_compiler.checkpoint import load_pretrained, quantizer
 from pifa_compiler.checkpoint import save_pretrained as save
 from pifa_compiler.checkpoint.format import read_report, read_settings
 from pifa_compiler.errors import CheckpointError
@@ -197,7 +197,7 @@ def test_a_dense_tensor_of_another_shape_is_refused(folder):
 
 def test_missing_and_misnamed_shards_are_refused(model, tmp_path):
     folder = tmp_path / "m"
-    checkpoint.describe(model)
+    quantizer.describe(model)
     model.save_pretrained(folder, max_shard_size="20KB")
     assert load_pretrained(folder).dtype == torch.float32
     shard = sorted(folder.glob("*.safetensors"))[1]

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pifa_compiler
 from pifa_compiler.checkpoint import load_pretrained, save_pretrained
-from pifa_compiler.checkpoint.quantizer import describe
+from pifa_compiler.checkpoint.quantizer import PifaConfig, describe
 from pifa_compiler.errors import CheckpointError
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear
@@ -268,7 +267,7 @@ def test_no_dense_weight_is_built_while_loading(name, tmp_path):
 def test_a_dense_model_is_not_compressed_by_from_pretrained(tmp_path):
     model, _ = dense("llama-tied")
     model.save_pretrained(tmp_path / "m")
-    settings = pifa_compiler.hf_quantizer.PifaConfig({"model.layers.0.mlp.up_proj": 4})
+    settings = PifaConfig({"model.layers.0.mlp.up_proj": 4})
     with pytest.raises(CheckpointError, match="wanted a model in PIFA form"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=settings)
 

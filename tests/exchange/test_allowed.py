@@ -14,7 +14,7 @@ import pifa_compiler as pc
 from pifa_compiler.exchange.allowed import Exchangeable
 from pifa_compiler.graph.capture import capture
 
-CONFIG = pc.CompressConfig(0.6, rank_multiple=1, gradients=False)
+CONFIG = pc.CompressConfig(density=0.6, rank_multiple=1, gradients=False)
 
 
 class Mlp(nn.Module):

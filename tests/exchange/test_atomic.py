@@ -3,7 +3,6 @@
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,8 +18,11 @@ from pifa_compiler.exchange.atomic import Exchange
 
 # The package's `compact` and `compress` are the functions.
 compact_module, compress_module = (sys.modules[f"pifa_compiler.{name}"] for name in ("compact", "compress"))
-CONFIG = pc.CompressConfig(0.6, "svd", rank_multiple=1)
-FILES = {"exchange.py", "compact.py", "compress.py", "absorb.py", "checkpoint.py", "hf_quantizer.py", "pairs.py"}
+CONFIG = pc.CompressConfig(density=0.6, method="svd", rank_multiple=1)
+FILES = {"compact.py", "compress.py", "exchange/atomic.py", "exchange/absorb.py", "exchange/pairs.py"} | {
+    "checkpoint/__init__.py",
+    "checkpoint/quantizer.py",
+}
 
 
 class Interrupt:
@@ -30,8 +32,7 @@ class Interrupt:
         self.at, self.files, self.lines = at, files, 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        path = Path(frame.f_code.co_filename)
-        if path.name not in self.files or path.parent.name != "pifa_compiler":
+        if not frame.f_code.co_filename.endswith(tuple(f"/pifa_compiler/{name}" for name in self.files)):
             return None
         if event == "line":
             self.lines += 1
@@ -136,7 +137,7 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_at_any_line_leaves_the_model_as_it_was_or_complete(make: Any, strides: tuple[int, int]) -> None:
     """At one in so many lines of the exchange itself, and one in so many of all."""
     interrupted = 0
-    for files, step in (({"exchange.py"}, strides[0]), (FILES, strides[1])):
+    for files, step in (({"exchange/atomic.py"}, strides[0]), (FILES, strides[1])):
         model, action = make()
         wanted, at, run = state_of(model), 1, functools.partial(action, model)
         while Interrupt(at, files).run(run):
@@ -200,7 +201,7 @@ def test_an_interrupt_while_things_are_put_back_does_not_stop_it() -> None:
                 exchange.attribute(owner, "kept", 2)
                 exchange.attribute(owner, "new", 3)
                 exchange.module(model, "1", nn.Identity())
-                sys.settrace(Interrupt(at, {"exchange.py"}))
+                sys.settrace(Interrupt(at, {"exchange/atomic.py"}))
                 # Lines of this function are traced from its next call on, those of the exchange from now.
                 raise ZeroDivisionError
 

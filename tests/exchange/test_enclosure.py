@@ -371,7 +371,7 @@ def test_an_order_stays_where_another_may_read_the_features_and_says_why(make: A
 
 def test_a_source_that_was_edited_since_is_not_believed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "edited_mlp.py"
-    text = "from test_enclosure import Mlp\n\nclass Edited(Mlp):\n    def forward(self, x):\n"
+    text = f"from {__name__} import Mlp\n\nclass Edited(Mlp):\n    def forward(self, x):\n"
     file.write_text(text + "        h = self.fc1(x).relu()\n        y = self.fc2(h)\n        return (y, h)[0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     import edited_mlp  # type: ignore[import-not-found]

@@ -32,7 +32,7 @@ def test_smollm2_writes_the_same_64_tokens_with_and_without_the_native_operator(
     text = " ".join(line for line in (getdoc(part) or "" for part in (str, dict, list, re, Path)) if line)
     texts = ["The capital of France is", "Low-rank matrices are made of two thin factors, and"]
     tokens = tokenizer(text, return_tensors="pt")["input_ids"]
-    compress(model, [tokens], CompressConfig(0.5))
+    compress(model, [tokens], CompressConfig(density=0.5))
     assert to_onnx(model, tmp_path / "model.onnx", kv_cache=True, check=True).layers == 210
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -281,7 +281,7 @@ def test_tokens_are_counted_for_every_input_and_what_the_predictions_do_not_need
     assert set(found.gram) == {"fc.weight", "head.weight", "pooler.weight"}
     assert "pooler.weight" not in found.gradient_gram
     assert measure(model, batches, gradients=False).tokens == found.tokens
-    assert len(pc.compress(model, batches, pc.CompressConfig(0.7, rank_multiple=1)).factorized) == 3
+    assert len(pc.compress(model, batches, pc.CompressConfig(density=0.7, rank_multiple=1)).factorized) == 3
 
 
 def test_measure_takes_gradients_because_it_is_asked_to():
