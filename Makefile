@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint types bench docs
+.PHONY: demo test test-all lint types imports installed-copy bench docs
 
 demo: .venv/.installed
 	$(BIN)/pifa demo
@@ -18,11 +18,17 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow the editable install's map of folders, so it checks an installed copy, from outside the root.
-types: .venv/.installed
-	rm -rf build/lib build/types
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
+types: installed-copy
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pifa_compiler
+
+imports: installed-copy
+	cd build/installed && ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
+
+# The package as a wheel has it. mypy and import-linter cannot follow the map of folders of an editable install; they
+# check this copy, from inside its folder so that they find it first.
+installed-copy: .venv/.installed
+	rm -rf build/lib build/installed
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
 
 # The tables in README.md and docs/, from the rows in benchmarks/results and from the command line.
 docs: .venv/.installed

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .exchange.linear_proof import computes_linear
 from .factors import PifaFactors
 from .linear import PifaLinear
+from .linear_proof import computes_linear
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
