@@ -51,7 +51,7 @@ def check(name: str, size: tuple[int, int, int], tune: bool) -> list[str]:
     dtype for the result, and of float32 for each of the d_in terms that one program adds up in a row, where torch
     splits the sum; random errors grow with the root of their number.
     """
-    from pifa_compiler.kernels.linear_triton import linear_triton
+    from pifa_compiler.kernels.linear_triton_operator import linear_triton
     from torch._inductor import config
 
     config.max_autotune = tune

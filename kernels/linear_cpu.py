@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..cache import folder_for
 from . import linear as _defines_the_library  # noqa: F401
+from .form import Case, Form
 
 log = logging.getLogger(__name__)
 
@@ -74,3 +75,15 @@ def load() -> str | None:
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         return f"native code could not be built: {error}".splitlines()[0]
     return None
+
+
+def _reason_against(case: Case) -> str | None:
+    return load()
+
+
+def _linear(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.pifa.linear_cpu.default(x, w_pivot, coeff, order)
+    return y if bias is None else torch.ops.aten.add.Tensor(y, bias)
+
+
+FORM = Form("linear_cpu", DTYPES, _reason_against, _linear)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import linear as _defines_the_library  # noqa: F401
+from .form import Case, Form
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,3 +69,28 @@ def linear_gemm(x: Tensor, w_pivot: Tensor, coeff: Tensor) -> Tensor:
     """
     result: Tensor = torch.ops.pifa.linear_gemm.default(x, w_pivot, coeff)
     return result
+
+
+def _reason_against(case: Case) -> str | None:
+    """For several tokens, or an unknown number, the GEMMs are as fast as our best tile, or faster (`docs/speed.md`)."""
+    from torch._inductor import config
+
+    if config.max_autotune:
+        return "under max_autotune our own kernels are tuned instead"
+    return "for one token our own kernel is faster" if case.tokens == 1 else None
+
+
+def _linear(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Order and bias behind the operator, for Inductor to fuse: kernels that stored columns in order took far longer.
+
+    `benchmarks/results/gpu.csv` has the times.
+    """
+    y: Tensor = torch.ops.pifa.linear_gemm.default(x, w_pivot, coeff)
+    if order is not None:
+        y = torch.ops.aten.index_select.default(y, -1, order)
+    if bias is not None:
+        y = torch.ops.aten.add.Tensor(y, bias)
+    return y
+
+
+FORM = Form("linear_gemm", DTYPES, _reason_against, _linear)

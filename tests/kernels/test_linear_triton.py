@@ -8,7 +8,7 @@ import pytest
 import torch
 from pifa_compiler.kernels import linear, linear_ref
 from pifa_compiler.passes import Lower
-from pifa_compiler.passes.lower import choose_on_gpu
+from pifa_compiler.passes.lower import FORMS
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.testing import assert_close
@@ -27,9 +27,9 @@ EPILOGUES = [(True, True), (True, False), (False, True), (False, False)]
 
 
 def run(*values: Tensor | None) -> Tensor:
-    from pifa_compiler.kernels import linear_triton
+    from pifa_compiler.kernels.linear_triton_operator import linear_triton
 
-    return linear_triton.linear_triton(*values)
+    return linear_triton(*values)
 
 
 def in_nan(value: Tensor, row_gap: int = 3, inner: int = 1) -> Tensor:
@@ -156,7 +156,7 @@ def test_gradients_are_those_of_the_composite(order: bool):
 
 @interpreted
 def test_the_operator_is_registered_as_torch_demands():
-    from pifa_compiler.kernels import linear_triton as _registers  # noqa: F401
+    from pifa_compiler.kernels import linear_triton_operator as _registers  # noqa: F401
 
     values = operands(17, 12, 5, 3, torch.float32, True, True)
     torch.library.opcheck(torch.ops.pifa.linear_triton.default, values)
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(change, message: str):
     ids=["one", "several", "one-tuned", "several-tuned"],
 )
 def test_the_backend_runs_what_lower_emits(tokens: int, tune: bool, operator: str, monkeypatch: pytest.MonkeyPatch):
-    forms = {"cpu": choose_on_gpu}
+    forms = {"cpu": FORMS["cuda"]}
     monkeypatch.setattr(backend_module, "Lower", lambda *, gradients: Lower(gradients=gradients, forms=forms))
     layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
     model, x, report = nn.Sequential(layer, nn.Tanh()), torch.randn(tokens, 16), []
@@ -203,7 +203,7 @@ def test_the_backend_runs_what_lower_emits(tokens: int, tune: bool, operator: st
 @interpreted
 @pytest.mark.parametrize("how", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_autotune": True}}])
 def test_the_kernels_are_taken_for_several_tokens_where_the_call_asks_for_tuning(how, monkeypatch: pytest.MonkeyPatch):
-    forms, seen = {"cpu": choose_on_gpu}, []
+    forms, seen = {"cpu": FORMS["cuda"]}, []
     monkeypatch.setattr(backend_module, "Lower", lambda *, gradients: Lower(gradients=gradients, forms=forms))
     run = backend_module.run_passes
     monkeypatch.setattr(backend_module, "run_passes", lambda *args: seen.extend(run(*args)) or [])
@@ -218,7 +218,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor import config
-from pifa_compiler.kernels import linear_triton as _registers
+from pifa_compiler.kernels import linear_triton_operator as _registers
 config.max_autotune = {tune}
 class Layer(torch.nn.Module):
     def forward(self, *values):

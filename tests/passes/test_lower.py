@@ -3,13 +3,13 @@ import re
 import pytest
 import torch
 from graphs import Capture, call, op_counts
-from pifa_compiler.kernels import linear_cpu
+from pifa_compiler.kernels import linear_cpu, linear_ref, linear_triton
+from pifa_compiler.kernels.form import Case, Form
 from pifa_compiler.passes import Lower, Skip, run_passes
-from pifa_compiler.passes.lower import Case, build_gemm, build_triton, choose_on_gpu
+from pifa_compiler.passes.lower import FORMS, choose
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
-from torch.fx import GraphModule, Node
 from torch.testing import assert_close
 
 from pifa_compiler.factors import factorize
@@ -23,40 +23,43 @@ def pifa_layer() -> nn.Sequential:
     return nn.Sequential(layer)
 
 
-def multiply_dense(gm: GraphModule, node: Node) -> Node:
+def multiply_dense(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
     """A form for the tests: the dense weight, put together in the graph."""
-    x, w_pivot, coeff, order, bias = node.args
-    call_function = gm.graph.call_function
-    others = call_function(aten.mm.default, (coeff, w_pivot))
-    rows = call_function(aten.cat.default, ([w_pivot, others],))
-    return call_function(aten.linear.default, (x, call_function(aten.index_select.default, (rows, 0, order)), bias))
+    rows = aten.cat.default([w_pivot, aten.mm.default(coeff, w_pivot)])
+    return aten.linear.default(x, aten.index_select.default(rows, 0, order), bias)
+
+
+def form(reason_against=lambda case: None, name: str = "dense") -> Form:
+    return Form(name, (torch.float32,), reason_against, multiply_dense)
 
 
 def test_lower_builds_the_form_chosen_for_the_case(capture: Capture):
     seen: list[Case] = []
 
-    def choose(case: Case):
-        seen.append(case)
-        return multiply_dense
-
+    forms = {"cpu": (form(seen.append),)}
     model, x = pifa_layer(), torch.randn(2, 3, 16)
     gm = capture(model, (x,))
-    run_passes(gm, [Lower(forms={"cpu": choose})])
+    (record,) = run_passes(gm, [Lower(forms=forms)])
+    assert record.outcome == "dense"
     assert pifa.linear.default not in op_counts(gm)
     assert (seen[0].device, seen[0].dtype) == ("cpu", torch.float32)
     assert (seen[0].d_in, seen[0].d_out, seen[0].rank) == (16, 24, 5)
     assert seen[0].tokens in (6, None)  # symbolic_trace knows no shapes
     assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-5)  # the same sums in another order
-    assert run_passes(gm, [Lower(forms={"cpu": choose})]) == []  # a second run finds nothing
+    assert run_passes(gm, [Lower(forms=forms)]) == []  # a second run finds nothing
 
 
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
         (Lower(forms={}), "plain subgraph: there is no other form for cpu"),
-        (Lower(gradients=True, forms={"cpu": lambda case: multiply_dense}), "plain subgraph: gradients are needed"),
+        (Lower(gradients=True, forms={"cpu": (form(),)}), "plain subgraph: gradients are needed"),
+        (
+            Lower(forms={"cpu": (form(lambda case: "it rains", "first"), form(lambda case: "it snows", "second"))}),
+            "plain subgraph: no first (it rains), no second (it snows)",
+        ),
     ],
-    ids=["other-device", "gradients"],
+    ids=["other-device", "gradients", "no-form"],
 )
 def test_lower_says_why_the_plain_subgraph_stays(rule: Lower, reason: str, capture: Capture):
     gm = capture(pifa_layer(), (torch.randn(3, 16),))
@@ -87,7 +90,7 @@ def test_lower_takes_native_code_on_cpus_and_leaves_the_bias_to_what_follows(cap
 def test_lower_keeps_the_plain_subgraph_in_dtypes_without_native_code(capture: Capture):
     gm = capture(pifa_layer().double(), (torch.randn(3, 16).double(),))
     (record,) = run_passes(gm, [Lower()])
-    assert record.outcome == Skip("plain subgraph: there is no native code for torch.float64")
+    assert record.outcome == Skip("plain subgraph: no linear_cpu (it does not compute in torch.float64)")
 
 
 def test_lower_keeps_the_plain_subgraph_where_native_code_cannot_be_built(
@@ -96,31 +99,42 @@ def test_lower_keeps_the_plain_subgraph_where_native_code_cannot_be_built(
     monkeypatch.setattr(linear_cpu, "load", lambda: "no C++ compiler")
     gm = capture(pifa_layer(), (torch.randn(3, 16),))
     (record,) = run_passes(gm, [Lower()])
-    assert record.outcome == Skip("plain subgraph: no C++ compiler")
+    assert record.outcome == Skip("plain subgraph: no linear_cpu (no C++ compiler)")
 
 
-def on_gpu(tokens: int | None, dtype: torch.dtype = torch.bfloat16, result: torch.dtype | None = None) -> Case:
-    return Case("cuda", dtype, 64, 64, 32, tokens, result)
+def on_gpu(tokens: int | None, dtype: torch.dtype = torch.bfloat16, others: frozenset[torch.dtype] = frozenset()):
+    found = choose(Case("cuda", dtype, 64, 64, 32, tokens, others), FORMS["cuda"])
+    return found.reason if isinstance(found, Skip) else found.name
 
 
 def test_gpus_take_the_decode_kernel_for_one_token_and_gemms_for_several():
-    assert choose_on_gpu(on_gpu(1)) is build_triton
-    assert [choose_on_gpu(on_gpu(tokens)) for tokens in (2, 16, 4096, None)] == [build_gemm] * 4
+    assert on_gpu(1) == "linear_triton"
+    assert [on_gpu(tokens) for tokens in (2, 16, 4096, None)] == ["linear_gemm"] * 4
     with inductor.patch(max_autotune=True):
-        assert [choose_on_gpu(on_gpu(tokens)) for tokens in (1, 2, 4096, None)] == [build_triton] * 4
+        assert [on_gpu(tokens) for tokens in (1, 2, 4096, None)] == ["linear_triton"] * 4
 
 
 def test_gpus_keep_the_plain_subgraph_with_a_reason(monkeypatch: pytest.MonkeyPatch):
-    assert "float64" in choose_on_gpu(on_gpu(2, torch.float64)).reason
-    assert "autocast" in choose_on_gpu(on_gpu(2, torch.float32, torch.bfloat16)).reason
-    monkeypatch.setattr("pifa_compiler.passes.lower.find_spec", lambda name: None)
-    assert "not installed" in choose_on_gpu(on_gpu(1)).reason
-    assert choose_on_gpu(on_gpu(2)) is build_gemm  # no kernel of ours is in it
+    assert "float64" in on_gpu(2, torch.float64)
+    assert "autocast" in on_gpu(2, torch.float32, frozenset({torch.bfloat16}))
+    monkeypatch.setattr(linear_triton, "find_spec", lambda name: None)
+    assert "not installed" in on_gpu(1)
+    assert on_gpu(2) == "linear_gemm"  # no kernel of ours is in it
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "8.0" in choose_on_gpu(on_gpu(1)).reason
-    assert choose_on_gpu(on_gpu(2)) is build_gemm
+    assert "8.0" in on_gpu(1)
+    assert on_gpu(2) == "linear_gemm"
+
+
+def test_every_form_takes_the_arguments_of_the_operator_and_is_named_by_its_own():
+    """Traced, none looks at values; an operator of that name is in the graph, whatever stands behind it."""
+    values = torch.randn(3, 16), torch.randn(5, 16), torch.randn(19, 5), torch.randperm(24), torch.randn(24)
+    for each in {each.name: each for forms in FORMS.values() for each in forms}.values():
+        traced = torch.fx.symbolic_trace(each.linear)
+        assert any(str(target) == f"pifa.{each.name}.default" for target in op_counts(traced))
+        if each.name != "linear_triton":  # values of Triton's form: tests/kernels
+            assert_close(traced(*values), linear_ref(*values), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -132,7 +146,7 @@ def test_lower_leaves_order_and_bias_of_gemms_to_what_follows(order: bool, bias:
     if not bias:
         model[0].bias = None
     gm = capture(model, (x,))
-    records = run_passes(gm, [Lower(forms={"cpu": choose_on_gpu})])
+    records = run_passes(gm, [Lower(forms={"cpu": FORMS["cuda"]})])
     wanted = {pifa.linear_gemm.default: 1, aten.index_select.default: int(order), aten.add.Tensor: int(bias)}
     assert op_counts(gm) == {target: count for target, count in wanted.items() if count}
     assert [record.outcome.startswith("linear_gemm") for record in records] == [True]

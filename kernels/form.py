@@ -1,0 +1,52 @@
+"""What a form of `pifa::linear` is: one way to compute it on one type of device, and when it is taken.
+
+Each form is a file of this folder that defines a `Form`; `FORMS`, in `passes/lower.py`, lists them by type of device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""The signature of `pifa::linear`: x, w_pivot, coeff, order, bias -> y."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a form is chosen by.
+
+    Attributes:
+        device: type of the device, such as "cpu".
+        dtype: of the weights.
+        d_in, d_out, rank: the shape of the linear.
+        tokens: rows of x, or of the example that was traced where they vary; None if unknown.
+        other_dtypes: those of x, bias and result that are known and differ from `dtype`, as under autocast.
+    """
+
+    device: str
+    dtype: torch.dtype
+    d_in: int
+    d_out: int
+    rank: int
+    tokens: int | None
+    other_dtypes: frozenset[torch.dtype] = frozenset()
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute `pifa::linear`.
+
+    Attributes:
+        name: what records call it.
+        dtypes: it computes in, the same for x, weights, bias and result.
+        reason_against: why a case of these dtypes is left to others, or None.
+        linear: `pifa::linear` written in operators, which the pass `Lower` traces into the graph. What stands behind
+            the form's own operator, such as a bias, stays visible to the compiler, which fuses it with what follows.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    reason_against: Callable[[Case], str | None]
+    linear: Linear
