@@ -11,12 +11,14 @@ from .rewrite import Rewrite as Rewrite
 from .rewrite import Skip as Skip
 from .rewrite import run_passes as run_passes
 
-DEFAULT_PASSES: tuple[type[Rewrite], ...] = (
-    Canonicalize,
-    FactorizePair,
-    FactorizeLinear,
-    AbsorbOrder,
-    Lower,
-    MergeSiblings,
-)
-"""The pipeline, in order: pairs before single weights, since a pair's first weight has full rank by itself."""
+FOR_GRAPH: tuple[type[Rewrite], ...] = (Canonicalize,)
+"""What a captured graph gets once, whatever weights it is called with."""
+
+FOR_WEIGHTS: tuple[type[Rewrite], ...] = (FactorizePair, FactorizeLinear, AbsorbOrder)
+"""What depends on the weights' values; pairs before single weights, since a pair's first has full rank by itself."""
+
+FOR_DEVICE: tuple[type[Rewrite], ...] = (Lower, MergeSiblings)
+"""What depends on the device and on what is compiled for it."""
+
+DEFAULT_PASSES = (*FOR_GRAPH, *FOR_WEIGHTS, *FOR_DEVICE)
+"""The pipeline of the backend "pifa", in order; it runs the three parts one by one."""

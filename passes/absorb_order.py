@@ -108,6 +108,7 @@ class AbsorbOrder(Rewrite):
     """The row order of `pifa::linear` goes into the columns of the linears that read its outputs elementwise."""
 
     targets = (pifa.linear.default,)
+    is_about_speed_only = True
 
     def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
         """The site, and the order that its sources share."""

@@ -33,6 +33,7 @@ class Lower(Rewrite):
     """
 
     targets = (torch.ops.pifa.linear.default,)
+    is_about_speed_only = True
 
     def __init__(self, *, gradients: bool = False, forms: Mapping[str, Sequence[Form]] = FORMS) -> None:
         self.gradients = gradients

@@ -25,6 +25,7 @@ class MergeSiblings(Rewrite):
     """Several pifa::linear_cpu on one x -> one pifa::linear_siblings_cpu."""
 
     targets = (pifa.linear_cpu.default,)
+    is_about_speed_only = True
 
     def match(self, gm: GraphModule, node: Node) -> list[Node] | Skip | None:
         """The linears to merge with `node`, itself first; None if it has none behind it."""

@@ -46,6 +46,8 @@ class Rewrite(ABC):
     targets: Sequence[Callable[..., Any]] = ()
     works_in_transforms = False
     """Whether what it builds is safe within a transform of `torch.func`, where values are batched or differentiated."""
+    is_about_speed_only = False
+    """Whether a node that it skips keeps its PIFA form all the same, so that strictness has nothing to say about it."""
 
     def candidates(self, gm: GraphModule) -> Iterable[Node]:
         """The nodes to look at: calls of `targets`."""

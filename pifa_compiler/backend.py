@@ -21,19 +21,18 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .errors import ConfigError, PassError
 from .passes import (
-    AbsorbOrder,
-    Canonicalize,
+    DEFAULT_PASSES,
+    FOR_DEVICE,
+    FOR_GRAPH,
+    FOR_WEIGHTS,
     FactorizeLinear,
-    FactorizePair,
     Lower,
-    MergeSiblings,
     Record,
     Skip,
     run_passes,
 )
 from .passes.effects import is_plain
 from .passes.factorize_linear import FULL_RANK
-from .passes.rewrite import Rewrite
 from .passes.weights import SUBCLASS, bind_inputs, linear_weights, tensor_at, unbind_inputs, withhold
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ REQUIRES_GRAD = Skip("weight requires grad; call requires_grad_(False) or pifa_c
 UNVERSIONED = Skip("weight is an inference tensor, whose changes go unseen; create it outside of inference_mode")
 LIVE = Skip("weight belongs to a layer that may change")
 UPDATED = Skip("weight was changed after compilation")
+
+_ABOUT_SPEED_ONLY = {rule.__name__ for rule in DEFAULT_PASSES if rule.is_about_speed_only}
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class _Compiled:
         self._captured, self._gm = _copy_module(gm), _copy_module(gm)
         self._fakes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
         bind_inputs(self._gm, example_inputs)
-        self._record(run_passes(self._gm, [Canonicalize()]))
+        self._record(run_passes(self._gm, [rule() for rule in FOR_GRAPH]))
         unbind_inputs(self._gm)
         self._current = self._build(example_inputs, example_inputs)
         self._variants = [self._current]
@@ -224,11 +225,8 @@ class _Compiled:
         for node in gm.graph.find_nodes(op="get_attr"):
             if node not in weights:  # factors of a live layer: no binding would see them change
                 withhold(node, LIVE)
-        rules: list[Rewrite] = [FactorizePair()]
-        if self._settings.rank_check:
-            rules.append(FactorizeLinear())
-        self._record(run_passes(gm, rules))
-        self._record(run_passes(gm, [AbsorbOrder()]), fatal=False)
+        rules = [rule for rule in FOR_WEIGHTS if self._settings.rank_check or rule is not FactorizeLinear]
+        self._record(run_passes(gm, [rule() for rule in rules]))
         after = linear_weights(gm)
         rewritten = {node for node, uses in before.items() if after.get(node, 0) < uses}
         bindings = tuple(
@@ -262,8 +260,8 @@ class _Compiled:
                 sources.setdefault(name, SyntheticLocalSource(f"pifa_{name}"))
         gradients = _may_need_gradients(gm, example_inputs)
         with config.patch(dict(self._settings.inductor)):  # `Lower` reads max_autotune, as Inductor will
-            records = run_passes(gm, [Lower(gradients=gradients), MergeSiblings()])
-        self._record(records, fatal=False)
+            rules = [Lower(gradients=gradients) if rule is Lower else rule() for rule in FOR_DEVICE]
+            self._record(run_passes(gm, rules))
         fake_mode = detect_fake_mode(example_inputs)
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None
@@ -294,14 +292,14 @@ class _Compiled:
         name = "weight" if binding.position is None else placeholders[binding.position].name
         self._warn(name, UPDATED)
 
-    def _record(self, records: Iterable[Record], fatal: bool = True) -> None:
+    def _record(self, records: Iterable[Record]) -> None:
         for record in records:
             self._settings.report.append(record)
             if not isinstance(record.outcome, Skip):
                 log.debug("%s: %s is now %s", record.rule, record.node, record.outcome)
             elif record.outcome != FULL_RANK:
                 log.info("%s left %s: %s", record.rule, record.node, record.outcome.reason)
-                if self._settings.strict and fatal:
+                if self._settings.strict and record.rule not in _ABOUT_SPEED_ONLY:
                     raise PassError(f"{record.rule} left {record.node}: {record.outcome.reason}; or drop strict=True")
 
     def _warn(self, node: str, reason: Skip) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from graphs import low_rank
-from pifa_compiler.passes import Record, Skip
+from pifa_compiler.passes import DEFAULT_PASSES, Record, Skip
 from pifa_compiler.passes.weights import SUBCLASS
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -59,6 +59,13 @@ def test_the_backend_rewrites_low_rank_weights_without_loss():
     assert_close(fast(x), model(x), **CLOSE)
     assert (rewrites(report, "FactorizePair"), rewrites(report, "FactorizeLinear")) == (1, 1)
     assert "weight has full rank" in reasons(report)
+
+
+def test_the_backend_runs_the_default_passes_in_their_order(monkeypatch: pytest.MonkeyPatch):
+    ran, run = [], backend_module.run_passes
+    monkeypatch.setattr(backend_module, "run_passes", lambda gm, rules: ran.extend(map(type, rules)) or run(gm, rules))
+    compiled(Block().requires_grad_(False))[0](torch.randn(4, 32))
+    assert tuple(ran) == DEFAULT_PASSES
 
 
 def test_the_backend_is_found_by_name_without_an_import():

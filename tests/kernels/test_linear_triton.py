@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from pifa_compiler.kernels import linear, linear_ref
-from pifa_compiler.passes import Lower
 from pifa_compiler.passes.lower import FORMS
 from torch import Tensor, nn
 from torch._inductor import config as inductor
@@ -187,8 +186,7 @@ def test_what_does_not_fit_is_refused(change, message: str):
     ids=["one", "several", "one-tuned", "several-tuned"],
 )
 def test_the_backend_runs_what_lower_emits(tokens: int, tune: bool, operator: str, monkeypatch: pytest.MonkeyPatch):
-    forms = {"cpu": FORMS["cuda"]}
-    monkeypatch.setattr(backend_module, "Lower", lambda *, gradients: Lower(gradients=gradients, forms=forms))
+    monkeypatch.setitem(FORMS, "cpu", FORMS["cuda"])
     layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
     model, x, report = nn.Sequential(layer, nn.Tanh()), torch.randn(tokens, 16), []
     fast = torch.compile(model, backend="pifa", options={"report": report})
@@ -203,8 +201,8 @@ def test_the_backend_runs_what_lower_emits(tokens: int, tune: bool, operator: st
 @interpreted
 @pytest.mark.parametrize("how", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_autotune": True}}])
 def test_the_kernels_are_taken_for_several_tokens_where_the_call_asks_for_tuning(how, monkeypatch: pytest.MonkeyPatch):
-    forms, seen = {"cpu": FORMS["cuda"]}, []
-    monkeypatch.setattr(backend_module, "Lower", lambda *, gradients: Lower(gradients=gradients, forms=forms))
+    seen = []
+    monkeypatch.setitem(FORMS, "cpu", FORMS["cuda"])
     run = backend_module.run_passes
     monkeypatch.setattr(backend_module, "run_passes", lambda *args: seen.extend(run(*args)) or [])
     layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), None, requires_grad=False)
