@@ -17,7 +17,7 @@ from ..errors import CaptureError, ExportError
 from ..files import atomic_files
 from . import onnx_ops
 from .causal_lm import CausalLm, CausalLmWithCache, is_causal_lm
-from .onnx_check import largest_error
+from .onnx_check import check_tokens, largest_error
 from .onnx_file import check_model, check_target, data_file
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class OnnxExport:
         bytes: of all files.
         seconds: wall time.
         error: largest difference from PyTorch's results over the largest of these; None if that was not checked.
+        tokens_checked: number of greedily generated tokens that are PyTorch's too; None if that was not checked, as is
+            so without a key/value cache.
     """
 
     path: str
@@ -51,6 +53,7 @@ class OnnxExport:
     bytes: int
     seconds: float
     error: float | None = None
+    tokens_checked: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -90,7 +93,8 @@ def to_onnx(
             do not know functions; the native operator is then of no use.
         external_data: whether weights go into a second file, `path` + ".data"; a single file holds 2 GB at most.
         overwrite: whether a file at `path` may be replaced.
-        check: whether the file is run by onnxruntime on `example` and compared with PyTorch before it is moved.
+        check: whether the file is run by onnxruntime on `example` and compared with PyTorch before it is moved: its
+            results and, with `kv_cache`, the tokens that it generates greedily.
 
     Raises:
         ExportError: an argument is refused (all are checked before the work starts), or the file fails its check.
@@ -108,13 +112,14 @@ def to_onnx(
         onnx_ops.attach_functions(written)
         if not functions:
             _inline(written)
-        error = None
+        error = tokens = None
         with atomic_files(final, data_file(final), ExportError) as partial:
             _save(written, partial, external_data)
             check_model(partial)
             if check:
                 examples = [call.args, *([call.module.empty_example()] if kv_cache else [])]
                 error = max(largest_error(partial, call.module, args, call.kwargs) for args in examples)
+                tokens = check_tokens(partial, call.module) if kv_cache else None
     data = data_file(final)
     files = [final] + ([data] if data.exists() else [])
     return OnnxExport(
@@ -126,6 +131,7 @@ def to_onnx(
         sum(file.stat().st_size for file in files),
         time.perf_counter() - started,
         error,
+        tokens,
     )
 
 

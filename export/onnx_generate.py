@@ -1,4 +1,4 @@
-"""Greedy text from a KV-cache export in onnxruntime: what `pifa export --check` compares with `model.generate`."""
+"""Greedy text from a KV-cache export in onnxruntime: `pifa export --check` compares it with PyTorch's."""
 
 from typing import TYPE_CHECKING, Any
 

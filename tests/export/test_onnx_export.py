@@ -1,6 +1,8 @@
+import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,7 +11,8 @@ import torch
 from graphs import low_rank
 from onnx.reference import ReferenceEvaluator
 from onnx_models import node_types, pifa_llama
-from pifa_compiler.export import generate_greedily, onnx_export, session, to_onnx
+from pifa_compiler.export import generate_greedily, onnx_check, onnx_export, session, to_onnx
+from pifa_compiler.export.causal_lm import CausalLmWithCache
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -35,6 +38,7 @@ def with_cache(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     exported = to_onnx(llama, path, kv_cache=True, check=True)
     assert (exported.layers, exported.layers_in_order) == (14, 4)
+    assert exported.tokens_checked == 2 * onnx_check.NEW_TOKENS
     return path
 
 
@@ -161,7 +165,7 @@ def test_the_cache_generates_what_the_model_does_with_left_padding(
 
 
 def test_a_causal_lm_without_a_cache_gives_the_logits(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    to_onnx(llama, tmp_path / "m.onnx", check=True)
+    assert to_onnx(llama, tmp_path / "m.onnx", check=True).tokens_checked is None
     tokens = torch.randint(2, 64, (1, 9))
     opened = session(tmp_path / "m.onnx")
     (logits,) = opened.run(None, {"input_ids": tokens.numpy(), "attention_mask": np.ones((1, 9), np.int64)})
@@ -174,6 +178,29 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ExportError, match="does not compute what the model does"):
         to_onnx(pifa_mlp(), tmp_path / "m.onnx", torch.randn(3, 16), check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_refuses_a_file_that_generates_other_tokens(llama: LlamaForCausalLM, with_cache: Path) -> None:
+    other = copy.deepcopy(llama)
+    assert onnx_check.check_tokens(with_cache, CausalLmWithCache(other)) == 2 * onnx_check.NEW_TOKENS
+    other.lm_head.weight = nn.Parameter(other.lm_head.weight.roll(1, 0))  # every token's number is one off
+    with pytest.raises(ExportError, match=r"16 of 16 greedily chosen tokens are not PyTorch's most likely ones"):
+        onnx_check.check_tokens(with_cache, CausalLmWithCache(other))
+
+
+def test_the_check_sees_a_cache_that_is_not_read(
+    llama: LlamaForCausalLM, with_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = onnx_check.generate_greedily
+
+    def forgetful(opened: Any, tokens: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
+        for _ in range(new_tokens):
+            tokens = torch.cat((tokens, generate(opened, tokens[:, -1:], mask[:, -1:], 1)[:, -1:]), dim=1)
+        return tokens
+
+    monkeypatch.setattr(onnx_check, "generate_greedily", forgetful)
+    with pytest.raises(ExportError, match="does not generate what the model does"):
+        onnx_check.check_tokens(with_cache, CausalLmWithCache(llama))
 
 
 def _twice(transpose):
