@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OLDEST_OPSET, OLDEST_IR_VERSION = 14, 8
 """Of the standard operators, whose Reshape has `allowzero` from there on, and of the file, for functions."""
 
-_DTYPES = (torch.float32, torch.float16, torch.float64)
+_DTYPES = ("FLOAT", "FLOAT16", "DOUBLE")
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,19 @@ class _Product:
     transposed: bool
     bias: "ir.Value | None"
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out) of W, from what the file says of it: no data is read."""
+        rows, columns = (int(size) for size in self.weight.const_value.shape)  # type: ignore[union-attr]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def dtype(self) -> str:
+        """ONNX's name for the dtype of W; no data is read."""
+        return str(self.weight.const_value.dtype.name)  # type: ignore[union-attr]
+
     def matrix(self) -> Tensor:
-        """W [in, out]."""
+        """W [in, out], read and copied."""
         tensor = torch.from_numpy(self.weight.const_value.numpy().copy())  # type: ignore[union-attr]
         return tensor.T if self.transposed else tensor
 
@@ -179,31 +190,24 @@ def _rewrite_pairs(model: "ir.Model") -> tuple[list[PairRecord], int, int]:
         rank, reason = (None, found) if isinstance(found, str) else (found.rank, None)
         records += [_record(inner, outer, rank, reason) for outer in outers]
         if not isinstance(found, str):
-            before += _width(inner) * (_columns(inner) + sum(map(_columns_out, outers)))
+            d_in, width = inner.shape
+            before += width * (d_in + found.shape[0])
             after += stored_numbers(*found.shape, found.rank)
             _replace(model, inner, outers, found)
     return records, before, after
 
 
-def _width(inner: _Product) -> int:
-    return int(inner.matrix().shape[1])
-
-
-def _columns(inner: _Product) -> int:
-    return int(inner.matrix().shape[0])
-
-
-def _columns_out(outer: _Product) -> int:
-    return int(outer.matrix().shape[1])
-
-
 def _record(inner: _Product, outer: _Product, rank: int | None, reason: str | None) -> PairRecord:
     name = outer.node.name or str(outer.node.outputs[0].name)
-    return PairRecord(name, (_columns_out(outer), _columns(inner)), _width(inner), rank, reason)
+    d_in, width = inner.shape
+    return PairRecord(name, (outer.shape[1], d_in), width, rank, reason)
 
 
 def _judge(inner: _Product, outers: list[_Product]) -> PifaFactors | str:
-    """The weight that the products have together, all outputs of a shared V below each other; or why it stays."""
+    """The weight that the products have together, all outputs of a shared V below each other; or why it stays.
+
+    Weights are read last, and only those of a pair that nothing else speaks against.
+    """
     middle = inner.node.outputs[0]
     if inner.bias is not None:
         return "there is a bias between the two products"
@@ -215,15 +219,13 @@ def _judge(inner: _Product, outers: list[_Product]) -> PifaFactors | str:
         return "its bias is computed in the graph"
     if any(outer.node.graph is not inner.node.graph for outer in outers):
         return "the two products lie in different graphs"
-    v, parts = inner.matrix().T, [outer.matrix().T for outer in outers]  # [r, in], [out, r] each
-    if len(dtypes := {v.dtype, *(part.dtype for part in parts)}) > 1 or v.dtype not in _DTYPES:
-        return f"weights of {', '.join(map(str, dtypes))} are not of one floating dtype that is known"
-    u = torch.cat(parts)
-    (d_out, width), d_in = u.shape, v.shape[1]
+    if len(dtypes := {product.dtype for product in (inner, *outers)}) > 1 or inner.dtype not in _DTYPES:
+        return f"weights of {', '.join(sorted(dtypes))} are not of one floating dtype that is known"
+    (d_in, width), d_out = inner.shape, sum(outer.shape[1] for outer in outers)
     if width >= min(d_out, d_in):
         return f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs"
     try:
-        factors = factorize((u, v))
+        factors = factorize((torch.cat([outer.matrix().T for outer in outers]), inner.matrix().T))
     except RankError as error:
         return str(error)
     pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)
@@ -246,7 +248,7 @@ def _replace(model: "ir.Model", inner: _Product, outers: list[_Product], factors
     layer.outputs[0].name = f"{old[0].name}.pifa"
     nodes, values = [layer], list(layer.outputs)
     if len(outers) > 1:
-        sizes = _constant(model, f"{stem}.sizes", torch.tensor([_columns_out(outer) for outer in outers]))
+        sizes = _constant(model, f"{stem}.sizes", torch.tensor([outer.shape[1] for outer in outers]))
         attributes = [ir.AttrInt64("axis", -1)]
         nodes.append(ir.Node("", "Split", [layer.outputs[0], sizes], attributes, num_outputs=len(outers)))
         values = list(nodes[-1].outputs)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_a_near_miss_is_left_with_its_reason_and_nothing_is_written(tmp_path: Pa
     with pytest.raises(ExportError, match=f"nothing to rewrite, nothing written: .*{reason}"):
         rewrite_onnx(source, tmp_path / "out.onnx")
     assert [child.name for child in tmp_path.iterdir()] == ["in.onnx"]
+
+
+@pytest.mark.parametrize("reason", NEAR_MISSES)
+def test_no_weight_of_a_near_miss_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    nodes, constants, outputs = NEAR_MISSES[reason]
+    source = save_graph(tmp_path / "in.onnx", nodes, constants, 24, outputs, external=True)
+    monkeypatch.setattr(onnx_ir.ExternalTensor, "numpy", lambda tensor: pytest.fail(f"{tensor.name} was read"))
+    with pytest.raises(ExportError, match=reason):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
+def test_each_weight_of_a_pair_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, numpy = [], onnx_ir.ExternalTensor.numpy
+    monkeypatch.setattr(onnx_ir.ExternalTensor, "numpy", lambda tensor: read.append(tensor.name) or numpy(tensor))
+    rewrite_onnx(low_rank_file(tmp_path / "in.onnx", external=True), tmp_path / "out.onnx")
+    assert sorted(name for name in read if name in "UV") == ["U", "V"]
 
 
 def test_a_second_run_finds_nothing(tmp_path: Path) -> None:
