@@ -1,15 +1,14 @@
 """`pifa bench layer`, `pifa bench model` and `pifa bench onnx`: speed beside dense weights and low-rank pairs."""
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
-from . import tables as cli_print
-from .output import Json, print_json, progress, work
+from . import tables
+from .options import Json, RankMultiple, ShortDtypeName, check_plot
+from .output import print_json, progress, work
 
 if TYPE_CHECKING:
     from ..bench.layer import LayerRow
@@ -47,7 +46,7 @@ def layer_verb(
     sizes = _numbers("--dims", dims or ["1024,2048,4096"], least=2)
     counts = _numbers("--tokens", tokens or ["1,8,128,1024"], least=1)
     dtypes = _dtypes(dtype or ["fp32,bf16"])
-    _check_plot(plot)
+    check_plot(plot)
     rows = []
     with work(as_json):
         file = None if csv is None else RowFile(csv, LayerRow)
@@ -61,7 +60,7 @@ def layer_verb(
     if as_json:
         print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
     else:
-        cli_print.bench(rows, ("dtype", "d", "tokens"), provenance())
+        tables.bench(rows, ("dtype", "d", "tokens"), provenance())
 
 
 @app.command("model", no_args_is_help=True, epilog="Example: pifa bench model llama-16x2048 --density 0.5 --layers 4")
@@ -78,8 +77,8 @@ def model_verb(
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of random weights.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
     decode_context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when one is decoded.")] = 512,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
-    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks of random weights are multiples of this.")] = 32,
+    dtype: Annotated[ShortDtypeName, typer.Option(help="What the model computes in.")] = "bf16",
+    rank_multiple: RankMultiple = 32,
     threads: Threads = None,
     seconds: Seconds = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each variant even if that takes longer.")] = 5,
@@ -91,13 +90,11 @@ def model_verb(
     from ..bench.model import ModelPlan, ModelRow, model_rows
     from ..bench.rows import RowFile, provenance
 
-    if len(names := _dtypes([dtype])) > 1:
-        raise typer.BadParameter(f"a model is measured in one --dtype, got {dtype!r}")
     if not 0 < density <= 1:
         raise typer.BadParameter(f"--density must lie in (0, 1], got {density}")
-    _check_plot(plot)
+    check_plot(plot)
     plan = ModelPlan(
-        density, names[0], prompt_tokens, decode_context, layers, seconds, repeats, threads, rank_multiple=rank_multiple
+        density, dtype, prompt_tokens, decode_context, layers, seconds, repeats, threads, rank_multiple=rank_multiple
     )
     rows = []
     with work(as_json):
@@ -112,7 +109,7 @@ def model_verb(
     if as_json:
         print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
     else:
-        cli_print.bench(rows, ("phase", "dtype", "tokens"), provenance())
+        tables.bench(rows, ("phase", "dtype", "tokens"), provenance())
 
 
 @app.command("onnx", epilog="Example: pifa bench onnx --dims 2048 --tokens 1,128 --threads 1 --csv onnx.csv")
@@ -142,7 +139,7 @@ def onnx_verb(
     if as_json:
         print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
     else:
-        cli_print.bench_onnx(rows, provenance())
+        tables.bench_onnx(rows, provenance())
 
 
 def _split(values: Sequence[str]) -> list[str]:
@@ -165,18 +162,6 @@ def _dtypes(values: Sequence[str]) -> list[str]:
         if part not in DTYPES:
             raise typer.BadParameter(f"unknown --dtype {part!r}; choose from {', '.join(DTYPES)}")
     return parts
-
-
-def _check_plot(plot: Path | None) -> None:
-    """Refuses before the long work what would fail after it."""
-    if plot is None:
-        return
-    if plot.suffix not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"--plot takes a .png, .svg or .pdf file, got {str(plot)!r}")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; pip install 'pifa-compiler[plot]'")
-    if not plot.parent.is_dir():
-        raise ConfigError(f"the folder of {plot} does not exist; make it first")
 
 
 def _draw(plot: Path, title: str, rows: "Sequence[LayerRow | ModelRow]", label: Callable[[Any], str]) -> None:

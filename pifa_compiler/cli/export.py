@@ -2,12 +2,13 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import ConfigError, ExportError
-from .output import Json, print_json, progress, work
+from .options import Json, RemoteCode
+from .output import print_json, progress, work
 
 if TYPE_CHECKING:
     from ..export import OnnxExport, OnnxRewrite
@@ -31,8 +32,7 @@ BuildNative = Annotated[bool, typer.Option("--build-native", help="Build the nat
 Opset = Annotated[int, typer.Option(help="Version of the standard operators, 18 to 23.")]
 OneFile = Annotated[bool, typer.Option("--one-file", help="Weights inside the file, 2 GB at most.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or float16.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let Python code that comes with MODEL run.")]
+Dtype = Annotated[Literal["auto", "float32", "float16"], typer.Option(help="Of the weights; auto is as stored.")]
 
 
 def export_verb(
@@ -101,8 +101,6 @@ def _export(
     from ..export import check_export, to_onnx, write_genai_config
     from ..hf.loading import load_model, load_tokenizer
 
-    if dtype not in ("auto", "float32", "float16"):
-        raise typer.BadParameter(f"unknown --dtype {dtype!r}; choose auto, float32 or float16")
     check_export(output, opset=options["opset"], overwrite=options["overwrite"])
     tell(0, 2, "reading the model")
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -8,29 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import DeviceError
-
 if TYPE_CHECKING:
     import torch
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N, to compute on. Default: the first GPU, if there is one.")
-]
-
-
-def device_of(name: str | None) -> "torch.device":
-    """What `--device` asks for; bad usage if it is not there."""
-    from ..device import find_device
-
-    try:
-        return find_device(name)
-    except DeviceError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @contextlib.contextmanager

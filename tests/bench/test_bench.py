@@ -18,7 +18,7 @@ from pifa_compiler.bench import timing as bench_timing
 from pifa_compiler.bench.layer import layer_rows, layer_variants
 from pifa_compiler.bench.model import ModelPlan, model_rows
 from pifa_compiler.bench.timing import interleaved_medians
-from pifa_compiler.cli import bench as cli_bench
+from pifa_compiler.cli import options as cli_options
 from pifa_compiler.errors import BenchError, ConfigError
 
 LAYER_KEYS = {"dtype", "d", "tokens", "dense_ms", "lowrank_ms", "pifa_ms", "pifa_over_lowrank", "pifa_over_dense"}
@@ -229,7 +229,7 @@ def test_what_would_fail_after_the_work_is_refused_before(tmp_path: Path, monkey
         assert result.exit_code == 1
         assert said in result.stderr
     assert other.read_text() == "a,b\n1,2\n"
-    monkeypatch.setattr(cli_bench, "find_spec", lambda _: None)
+    monkeypatch.setattr(cli_options, "find_spec", lambda _: None)
     result = pifa("bench", "layer", "--plot", tmp_path / "ratios.png")
     assert (result.exit_code, "needs matplotlib" in result.stderr) == (1, True)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from pifa_compiler import LayerReport, cli
-from pifa_compiler.cli import tables as cli_print
+from pifa_compiler.cli import tables
+from pifa_compiler.cli.output import print_json
 from pifa_compiler.device import device_name, find_device
 from pifa_compiler.report import Report
 
@@ -217,16 +219,17 @@ def test_generate_refuses_a_prompt_that_is_empty_or_too_long(compressed: Path) -
         (("--density", "1.5"), "density must be a number in (0, 1], got 1.5"),
         (("--density", "abc"), "--density"),
         (("--density", "nan"), "density must be a number in (0, 1], got nan"),
-        (("--method", "magic"), "unknown method 'magic'"),
+        (("--method", "magic"), "'magic' is not one of"),
         (("--mix", "2"), "mix must be a number in [0, 1], got 2"),
         (("--damping", "-1"), "damping must be a number 0 or more"),
+        (("--gradient-damping", "0"), "gradient_damping must be a number 1e-6 or more"),
         (("--rank", "q_proj"), "--rank takes PATTERN=RANK"),
         (("--rank", "q_proj=0"), "must be an integer of 1 or more, got 0"),
         (("--rank-multiple", "0"), "--rank-multiple"),
         (("--samples", "0"), "--samples"),
         (("--seqlen", "1"), "--seqlen"),
         (("--device", "tpu"), "unknown device 'tpu'"),
-        (("--dtype", "int4"), "unknown --dtype 'int4'"),
+        (("--dtype", "int4"), "'int4' is not one of"),
         (("--no-such-option",), "--no-such-option"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -403,8 +406,23 @@ def test_a_refusal_of_the_program_is_one_line_and_exit_code_1(tmp_path: Path) ->
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_packages_the_program_says_what_to_install(missing: str) -> None:
+    blocked = f"import sys; sys.modules[{missing!r}] = None; from pifa_compiler.__main__ import main; main()"
+    wanted = f"error: the command line needs {missing}; pip install 'pifa-compiler[hf]'\n"
+    assert finished(run_python("-c", blocked)) == (1, "", wanted)
+
+
+def test_the_installed_program_is_the_same_as_the_module(tmp_path: Path) -> None:
+    (script,) = entry_points(group="console_scripts", name="pifa")
+    assert script.value == "pifa_compiler.__main__:main"
+    code, out, said = finished(run_python("-m", "pifa_compiler", "--version"))
+    assert (code, said) == (0, "")
+    assert out == pifa("--version").stdout
+
+
 def test_numbers_that_json_has_no_words_for_become_null(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_json({"perplexity": float("inf"), "layers": ({"error": float("nan")},)})
+    print_json({"perplexity": float("inf"), "layers": ({"error": float("nan")},)})
     assert json.loads(capsys.readouterr().out) == {"perplexity": None, "layers": [{"error": None}]}
 
 
@@ -415,7 +433,7 @@ def test_the_summary_says_why_layers_are_left_and_where_the_model_is(
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(250_000))
     left = [LayerReport.of_skip(f"layers.{i}.gate", (8, 8), "too small", target=True) for i in range(5)]
-    cli_print.summary(Report("optimal", 0.5, left, 100, 80, 1.5), folder, "self", "a GPU")
+    tables.summary(Report("optimal", 0.5, left, 100, 80, 1.5), folder, "self", "a GPU")
     shown = capsys.readouterr().out
     assert "1.5 on a GPU" in shown
     assert "layers.0.gate, layers.1.gate, layers.2.gate and 2 more: too small" in shown
