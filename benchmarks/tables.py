@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -199,7 +199,9 @@ def options(*path: str) -> str:
             name = ", ".join(f"`{each}{value}`" for each in written)
             unset = parameter.default is None or parameter.default == () or parameter.required
             default = "" if unset or parameter.is_flag else f"`{parameter.default}`"
-        lines.append([name, default, " ".join((parameter.help or "").split()).replace("|", "\\|")])
+        annotation = parameter.type_descriptor.annotation
+        names = f" One of {', '.join(get_args(annotation))}." if get_origin(annotation) is Literal else ""
+        lines.append([name, default, " ".join((parameter.help or "").split()).replace("|", "\\|") + names])
     return table(["argument", "default", "meaning"], lines)
 
 
