@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,3 +182,11 @@ def test_the_map_of_rooms_is_that_of_the_tree():
     folders = ("pifa_compiler", "passes", "kernels", "export")
     there = [str(file.relative_to(ROOT)) for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert sorted(told) == sorted(there)
+
+
+def test_the_order_of_imports_is_that_of_the_contract():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    told = re.findall(r"^    (\w[\w |]*)$", text.partition("## Imports")[2].partition("## ")[0], re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    assert ["__main__", *told] == contract["layers"]

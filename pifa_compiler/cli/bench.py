@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import tables
-from .options import Json, RankMultiple, ShortDtypeName, check_plot
+from .options import Json, ShortDtypeName, check_plot
 from .output import print_json, progress, work
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def model_verb(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
     decode_context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when one is decoded.")] = 512,
     dtype: Annotated[ShortDtypeName, typer.Option(help="What the model computes in.")] = "bf16",
-    rank_multiple: RankMultiple = 32,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks of random weights are multiples of this.")] = 32,
     threads: Threads = None,
     seconds: Seconds = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each variant even if that takes longer.")] = 5,
