@@ -15,6 +15,7 @@ from pifa_compiler.factors import (
     factorize_jointly,
     numerical_rank,
     rank_for_density,
+    rounding_error,
     row_order,
     stored_numbers,
 )
@@ -99,6 +100,24 @@ def test_a_pair_of_deficient_rank_loses_the_superfluous_rows():
     factors = factorize((u, v))
     assert factors.rank == 7
     assert relative(factors.dense(), u @ v) < 1e-12
+
+
+def test_a_large_pair_one_rank_short_loses_the_superfluous_row():
+    """V's smallest pivot in float32 is noise, 1.4e-4 of the largest; with full rank it has some 0.05."""
+    generator = torch.Generator().manual_seed(6)
+    left, right = (torch.randn(*size, dtype=torch.float64, generator=generator) for size in ((490, 489), (489, 500)))
+    assert factorize((torch.randn(520, 490, dtype=torch.float64), left @ right)).rank == 489
+
+
+def test_rounding_error_is_that_of_the_dense_weight():
+    u, v = torch.randn(200, 40, dtype=torch.float64), torch.randn(40, 80, dtype=torch.float64)
+    factors = factorize((u, v))
+    w_pivot, coeff = (part.bfloat16().double() for part in (factors.w_pivot, factors.coeff))
+    true_error = relative(torch.cat((w_pivot, coeff @ w_pivot))[factors.order()], u @ v)
+    error = rounding_error(factors.w_pivot, factors.coeff)
+    assert 0.7 * true_error < error < 1.4 * true_error  # 16 probes know a norm to 1 / sqrt(2 * 16)
+    assert error > factorize((u, v), dtype=torch.bfloat16).quality.error  # whose coefficients fit the rounded rows
+    assert rounding_error(w_pivot, coeff) == 0
 
 
 @pytest.mark.parametrize(
