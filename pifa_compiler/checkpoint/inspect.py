@@ -1,12 +1,15 @@
 """What a saved PIFA model is made of: shapes and ranks from its tensors, the rest from the report saved with it."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError
-from ..factors import stored_numbers
+from ..factors import rounding_error, stored_numbers
 from .format import read_report, read_settings
 
 
@@ -19,7 +22,9 @@ class Layer:
         shape: (out, in) of its weight.
         rank: of its PIFA form; None if it is dense.
         stored_before, stored_after: numbers stored, pivot indices included, biases not.
-        max_coeff: largest |coefficient|.
+        max_coeff: largest |coefficient|; rounding errors of the pivot rows grow by about this much.
+        bf16_error: relative Frobenius error of its dense weight once its factors are rounded to bfloat16, estimated
+            (`factors.rounding_error`); 0 if they are stored so, None if it is dense.
         error: relative output error on the calibration inputs; None where unknown.
         skipped: why it is dense; None if it is in PIFA form.
         notes: what was out of the ordinary.
@@ -31,6 +36,7 @@ class Layer:
     stored_before: int
     stored_after: int
     max_coeff: float | None = None
+    bf16_error: float | None = None
     error: float | None = None
     skipped: str | None = None
     notes: tuple[str, ...] = ()
@@ -63,9 +69,20 @@ class Inspection:
         """Numbers stored for all layers listed."""
         return sum(layer.stored_after for layer in self.layers)
 
+    @property
+    def max_coeff(self) -> float | None:
+        """Largest |coefficient| of all layers; None where there is none."""
+        return max((layer.max_coeff for layer in self.layers if layer.max_coeff is not None), default=None)
+
+    @property
+    def bf16_error(self) -> float | None:
+        """Largest error of a layer by rounding to bfloat16; None where there is none."""
+        return max((layer.bf16_error for layer in self.layers if layer.bf16_error is not None), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "stored_before": self.stored_before, "stored_after": self.stored_after}
+        names = ("stored_before", "stored_after", "max_coeff", "bf16_error")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
 def inspect(folder: str | os.PathLike[str]) -> Inspection:
@@ -76,7 +93,7 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
     """
     settings = read_settings(folder)
     report = read_report(folder) or {}
-    measured = {name: _measure(name, *found) for name, found in _tensors(Path(folder), settings["ranks"]).items()}
+    measured = _measure_layers(Path(folder), settings["ranks"])
     try:
         rows = {row["name"]: row for row in report.get("layers", [])}
         layers = [_merge(row, measured.get(name)) for name, row in rows.items()]
@@ -93,39 +110,50 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
     )
 
 
-def _tensors(folder: Path, ranks: dict[str, int]) -> dict[str, tuple[list[int], list[int], float]]:
-    """Shapes of `w_pivot` and `coeff`, and the largest |coefficient|, of each layer."""
+def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
+    """What the tensors of each layer in PIFA form say of it."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
+    places: dict[str, dict[str, Any]] = {}
+    measured = {}
+    with ExitStack() as stack:
+        try:
+            for file in sorted(folder.glob("*.safetensors")):
+                tensors = stack.enter_context(safe_open(file, framework="pt"))
                 for key in tensors.keys():  # noqa: SIM118 -- safe_open is no mapping
                     name, _, part = key.rpartition(".")
-                    if part == "w_pivot":
-                        found.setdefault(name, {})["w_pivot"] = tensors.get_slice(key).get_shape()
-                    elif part == "coeff":
-                        coeff = tensors.get_tensor(key)
-                        found.setdefault(name, {})["coeff"] = list(coeff.shape)
-                        found[name]["largest"] = float(coeff.abs().max()) if coeff.numel() else 0.0
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); save the model again") from error
-    whole = {name: parts for name, parts in found.items() if {"w_pivot", "coeff"} <= parts.keys()}
-    if len(whole) != len(ranks):
-        raise CheckpointError(
-            f"{folder}: config.json names {len(ranks)} PIFA layers, its safetensors files hold {len(whole)}; "
-            "it is damaged or incomplete: copy or save it again"
-        )
-    return {name: (parts["w_pivot"], parts["coeff"], parts["largest"]) for name, parts in whole.items()}
+                    if part in ("w_pivot", "coeff"):
+                        places.setdefault(name, {})[part] = tensors
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file ({error}); save the model again"
+            ) from error
+        whole = {name: parts for name, parts in places.items() if len(parts) == 2}
+        if len(whole) != len(ranks):
+            raise CheckpointError(
+                f"{folder}: config.json names {len(ranks)} PIFA layers, its safetensors files hold {len(whole)}; "
+                "it is damaged or incomplete: copy or save it again"
+            )
+        for name, parts in whole.items():
+            w_pivot, coeff = (parts[part].get_tensor(f"{name}.{part}") for part in ("w_pivot", "coeff"))
+            measured[name] = _measure(name, w_pivot, coeff)
+    return measured
 
 
-def _measure(name: str, w_pivot: list[int], coeff: list[int], largest: float) -> Layer:
-    if len(w_pivot) != 2 or len(coeff) != 2 or w_pivot[0] != coeff[1]:
-        raise CheckpointError(f"{name}: w_pivot {w_pivot} and coeff {coeff} do not fit each other; the file is damaged")
-    rank, d_out, d_in = w_pivot[0], w_pivot[0] + coeff[0], w_pivot[1]
-    return Layer(name, (d_out, d_in), rank, d_out * d_in, stored_numbers(d_out, d_in, rank), largest)
+def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:
+    if w_pivot.ndim != 2 or coeff.ndim != 2 or w_pivot.shape[0] != coeff.shape[1]:
+        shapes = f"w_pivot {list(w_pivot.shape)} and coeff {list(coeff.shape)}"
+        raise CheckpointError(f"{name}: {shapes} do not fit each other; the file is damaged")
+    rank, d_out, d_in = w_pivot.shape[0], w_pivot.shape[0] + coeff.shape[0], w_pivot.shape[1]
+    return Layer(
+        name,
+        (d_out, d_in),
+        rank,
+        d_out * d_in,
+        stored_numbers(d_out, d_in, rank),
+        max_coeff=float(coeff.abs().max()) if coeff.numel() else 0.0,
+        bf16_error=rounding_error(w_pivot, coeff),
+    )
 
 
 def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
@@ -137,7 +165,7 @@ def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
         extra: dict[str, Any] = {"max_coeff": quality.get("max_coeff")}
     else:
         shape, before, after = measured.shape, measured.stored_before, measured.stored_after
-        extra = {"max_coeff": measured.max_coeff}
+        extra = {"max_coeff": measured.max_coeff, "bf16_error": measured.bf16_error}
     rank = row["rank"] if measured is None else measured.rank
     return Layer(
         row["name"],

@@ -26,7 +26,13 @@ Cache = Annotated[
 NoFunctions = Annotated[
     bool, typer.Option("--no-functions", help="Standard operators only, for runtimes that do not know functions.")
 ]
-Check = Annotated[bool, typer.Option("--check", help="Run the file in onnxruntime beside PyTorch and compare.")]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Run the file in onnxruntime beside PyTorch and compare; with --kv-cache also what both generate.",
+    ),
+]
 FromOnnx = Annotated[bool, typer.Option("--from-onnx", help="Rewrite the low-rank pairs of an ONNX file instead.")]
 BuildNative = Annotated[bool, typer.Option("--build-native", help="Build the native operator for this machine.")]
 Opset = Annotated[int, typer.Option(help="Version of the standard operators, 18 to 23.")]
@@ -137,6 +143,8 @@ def _lines(
         lines.append(f"{export.layers} PIFA layers, {export.layers_in_order} of them without any reordering")
         if export.error is not None:
             lines.append(f"largest difference from PyTorch: {export.error:.2g} of the largest result")
+        if export.tokens_checked is not None:
+            lines.append(f"{export.tokens_checked} tokens generated greedily, the same as PyTorch's")
     if genai is not None:
         lines.append(f"for onnxruntime-genai: {genai}")
     if rewrite is not None:

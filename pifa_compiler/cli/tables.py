@@ -55,14 +55,15 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
 
 
 def layers(found: "Inspection", folder: Path) -> None:
-    """A table by layer, and totals."""
+    """A table by layer, and totals; below the largest coefficient and "in bf16" stands the largest of all layers."""
     table = Table(title=str(folder), show_footer=True)
     table.add_column("layer", "total", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("before", f"{found.stored_before:,}", justify="right", no_wrap=True)
     table.add_column("after", f"{found.stored_after:,}", justify="right", no_wrap=True)
-    table.add_column("max|coeff|", justify="right", no_wrap=True)
+    table.add_column("max|coeff|", _number(found.max_coeff, ".2f"), justify="right", no_wrap=True)
+    table.add_column("in bf16", _number(found.bf16_error, ".4f"), justify="right", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("left dense because", overflow="fold")
     for layer in found.layers:
@@ -72,8 +73,9 @@ def layers(found: "Inspection", folder: Path) -> None:
             "dense" if layer.rank is None else str(layer.rank),
             f"{layer.stored_before:,}",
             f"{layer.stored_after:,}",
-            "" if layer.max_coeff is None else f"{layer.max_coeff:.2f}",
-            "" if layer.error is None else f"{layer.error:.4f}",
+            _number(layer.max_coeff, ".2f"),
+            _number(layer.bf16_error, ".4f"),
+            _number(layer.error, ".4f"),
             "; ".join((*((layer.skipped,) if layer.skipped else ()), *layer.notes)),
         )
     console = _console()
@@ -85,6 +87,7 @@ def layers(found: "Inspection", folder: Path) -> None:
     if found.params_before is not None and found.params_after is not None:
         rows.append(("parameters", f"{found.params_before:,} -> {found.params_after:,} in the whole model"))
     rows.append(("size", _bytes(folder_bytes(folder))))
+    rows.append(("in bf16", "relative error of a layer's weight once its factors are rounded to bfloat16"))
     _print_rows(console, rows)
 
 
@@ -201,6 +204,10 @@ def _print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
 
 def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _bytes(count: float) -> str:

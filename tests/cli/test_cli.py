@@ -148,6 +148,7 @@ def test_inspect_shows_shapes_ranks_numbers_and_reasons(compressed: Path) -> Non
     assert result.exit_code == 0, result.stderr
     row = next(line for line in result.stdout.splitlines() if "layers.0.mlp.up_proj" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")][1:5] == ["48 x 32", "10", "1,536", "710"]
+    assert "in bf16" in result.stdout
     assert "weight is tied to an embedding" in result.stdout
     assert "0.5 asked" in result.stdout
 
@@ -158,7 +159,17 @@ def test_inspect_as_json_adds_up(compressed: Path) -> None:
     assert found["stored_after"] == sum(layer["stored_after"] for layer in found["layers"]) < found["stored_before"]
     in_pifa_form = [layer for layer in found["layers"] if layer["rank"] is not None]
     assert len(in_pifa_form) == 14
-    assert all(layer["error"] > 0 and layer["max_coeff"] > 0 for layer in in_pifa_form)
+    assert all(layer["error"] > 0 for layer in in_pifa_form)
+    for name in ("max_coeff", "bf16_error"):
+        assert found[name] == max(layer[name] for layer in in_pifa_form)
+        assert [layer[name] for layer in found["layers"] if layer["rank"] is None] == [None]
+    tensors = safetensors.torch.load_file(compressed / "model.safetensors")
+    for layer in in_pifa_form:
+        w_pivot, coeff = (tensors[f"{layer['name']}.{part}"] for part in ("w_pivot", "coeff"))
+        exact = torch.cat((w_pivot, coeff @ w_pivot))
+        rounded = torch.cat((w_pivot.bfloat16().float(), coeff.bfloat16().float() @ w_pivot.bfloat16().float()))
+        error = float((rounded - exact).norm() / exact.norm())
+        assert 0.7 * error < layer["bf16_error"] < 1.4 * error  # 16 probes know a norm to 1 / sqrt(2 * 16)
 
 
 def test_inspect_reads_shapes_from_the_tensors_where_there_is_no_report(compressed: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_a_saved_model_becomes_a_folder_for_every_runtime(compressed: Path, tmp_
     found = json.loads(result.stdout)
     assert (found["export"]["layers"], found["export"]["layers_in_order"]) == (14, 4)
     assert found["export"]["error"] < 1e-4
+    assert found["export"]["tokens_checked"] == 16
     assert Path(found["genai"]) == tmp_path / "genai_config.json"
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     assert {child.name for child in tmp_path.iterdir()} >= {"model.onnx", "model.onnx.data", "tokenizer.json"}
