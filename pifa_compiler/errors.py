@@ -40,6 +40,14 @@ class CheckpointError(PifaError):
     """A saved model is missing, damaged, of an unknown format, or would overwrite something."""
 
 
+class OffloadError(PifaError):
+    """A long run cannot go on: too little memory for its plan, or a working folder that is full, damaged or in use."""
+
+
+class CacheError(PifaError, OSError):
+    """There is no place to keep what is built or fetched."""
+
+
 class DeviceError(PifaError, ValueError):
     """A device is unknown, not there, or has too little memory."""
 
