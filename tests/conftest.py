@@ -1,3 +1,5 @@
+import gc
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +26,23 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _untimed_guards() -> Iterator[None]:
-    """Dynamo times the guards of whatever it compiles, with the processor's caches flushed first: 20 ms each."""
-    with mock.patch("torch._dynamo.guards.profile_guard_manager", return_value=0.0, create=True):
+def _no_reports_of_dynamo() -> Iterator[None]:
+    """What Dynamo tells about its work, and nobody reads here, takes as long as the work on programs of tests.
+
+    It times the guards of whatever it compiles, with the processor's caches flushed first: 20 ms each. It takes apart
+    every file of which a line is traced, for the name of the function there: seconds for the large ones of torch. And
+    pytest captures its structured trace, which has no other reader and would not be made: every graph as text in JSON.
+    """
+    with (
+        mock.patch("torch._dynamo.guards.profile_guard_manager", return_value=0.0, create=True),
+        mock.patch("torch._dynamo.symbolic_convert.get_funcname", return_value=None, create=True),
+        mock.patch("torch._logging._internal.trace_log", logging.Logger("without handlers")),
+    ):
         yield
 
 
 # Matrices of tests are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
+
+# Graphs are many small objects that live for long: looked through every 700 new ones, they take a fifth of the time.
+gc.set_threshold(50_000, 20, 100)
