@@ -4,13 +4,13 @@ from .checkpoint import load_pretrained as load_pretrained
 from .checkpoint import registration
 from .checkpoint import save_pretrained as save_pretrained
 from .compact import compact as compact
-from .compress import CompressConfig as CompressConfig
 from .compress import compress as compress
 from .errors import PifaError as PifaError
 from .factors import PifaFactors as PifaFactors
 from .factors import factorize as factorize
 from .factors import rank_for_density as rank_for_density
 from .linear import PifaLinear as PifaLinear
+from .reconstruction.config import CompressConfig as CompressConfig
 from .report import LayerReport as LayerReport
 from .report import Report as Report
 

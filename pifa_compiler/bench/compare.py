@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress import CompressConfig, compress, measure
+from ..compress import compress, measure
 from ..device import device_name
 from ..errors import CheckpointError, ConfigError
 from ..graph.capture import capture
-from ..graph.linears import weight_name
+from ..graph.linears import read_weight, weight_name
 from ..hf.perplexity import perplexity
 from ..reconstruction.allocators import ALLOCATORS
+from ..reconstruction.config import CompressConfig
 from ..reconstruction.methods import METHODS
 from ..reconstruction.pruning import PRUNERS, STORED
 from ..reconstruction.selection import find_linears
@@ -228,7 +229,7 @@ def _row(
             density=density, method=method, rank_multiple=setting.rank_multiple, allocator=allocator or None
         )
         kind = METHODS[method]
-        if not kind.two_flows or kind.gradients or ALLOCATORS[config.allocator or kind.allocator].needs_gram:
+        if not kind.two_flows or kind.gradients or ALLOCATORS[config.allocator or kind.allocator].look is not None:
             statistics, shared_seconds = shared.statistics(kind.gradients, progress)
         report = compress(model, shared.batches, config, statistics=statistics, progress=progress)
         stored, seconds = report.density, report.seconds
@@ -248,13 +249,14 @@ def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Prog
     parameters = dict(model.named_parameters())
 
     def solve(group: Group, statistics: Statistics) -> dict[torch.fx.Node, Tensor]:
-        return {node: PRUNERS[name](found[node][1], statistics.gram) for node in group.members}
+        new = {node: PRUNERS[name](read_weight(captured.weights, node), statistics.gram) for node in group.members}
+        pruned.update(new)
+        return new
 
-    sweep = Sweep(captured, list(found), flows="compressed")
-    sweep.run(solve, progress)
+    pruned: dict[torch.fx.Node, Tensor] = {}
+    Sweep(captured, list(found), flows="compressed").run(solve, progress)
     with torch.no_grad():
-        for node, weight in sweep.factors.items():
-            assert isinstance(weight, Tensor)  # noqa: S101  `solve` gives no other
+        for node, weight in pruned.items():
             target = parameters[weight_name(node)]
             target.copy_(weight if target.shape == weight.shape else weight.T)
 

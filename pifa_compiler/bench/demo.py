@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..checkpoint import save_pretrained
-from ..compress import CompressConfig, compress
+from ..compress import compress
 from ..errors import CaptureError
 from ..files import check_destination
 from ..hf.generate import compile_step, generate
@@ -20,6 +20,7 @@ from ..hf.loading import load_model, load_tokenizer
 from ..hf.perplexity import perplexity
 from ..hf.smollm2 import fetch_smollm2
 from ..hf.text import calibration_batches, evaluation_batches
+from ..reconstruction.config import CompressConfig
 from ..reconstruction.sweep import Progress
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Capture: a model and its calibration batches as one functional graph of ATen operations."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, CaptureError
 from ..passes import Canonicalize, run_passes
+from .run import Block, cut_into_blocks
 from .token_masks import TokenMasks
+from .weights import Weights, WeightsInMemory
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """One call of a model: a tensor (its first argument), a sequence (positional) or a mapping (keyword arguments)."""
@@ -27,11 +30,27 @@ class Captured:
             `get_attr` nodes that carry their state-dict names and share the model's storage.
         inputs: for every batch, one value per placeholder, in order.
         masks: which tokens count, by the masks among the inputs.
+        weights: where the values of `get_attr` nodes come from.
+        block_bytes: how much of the weights a block should read at most; None if that does not matter.
     """
 
     graph: GraphModule
     inputs: list[list[Any]]
     masks: TokenMasks
+    weights: Weights
+    block_bytes: int | None = None
+
+    def blocks(self, last: Node) -> list[Block]:
+        """Cuts what `last` needs into blocks: as many as the root of the number of linears, or as their weights ask.
+
+        With that many, what crosses between blocks and what is made within one take about the same memory.
+        """
+        linears = self.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        count = math.isqrt(len(linears))
+        if self.block_bytes is not None:
+            stored = sum(parameter.numel() * parameter.element_size() for parameter in self.graph.parameters())
+            count = max(count, math.ceil(stored / self.block_bytes))
+        return cut_into_blocks(self.graph, last, max(count, 1))
 
 
 def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
@@ -71,7 +90,7 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
             module.training = mode
     _check_shapes(graph, inputs)
     run_passes(graph, [Canonicalize()])
-    return Captured(graph, inputs, TokenMasks(graph, inputs))
+    return Captured(graph, inputs, TokenMasks(graph, inputs), WeightsInMemory(graph))
 
 
 def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

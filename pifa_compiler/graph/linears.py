@@ -3,9 +3,11 @@
 from collections import Counter
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .. import linear  # noqa: F401  registers pifa::linear
+from .weights import Weights
 
 
 def weight_name(node: Node) -> str:
@@ -14,6 +16,12 @@ def weight_name(node: Node) -> str:
     if isinstance(weight, Node) and weight.target is torch.ops.aten.t.default:
         weight = weight.args[0]
     return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else str(weight)
+
+
+def read_weight(weights: Weights, node: Node) -> Tensor:
+    """The weight [out, in] of a canonical linear node that reads one."""
+    found: Tensor = weights.read(weight_name(node))
+    return found.T if is_transposed(node) else found
 
 
 def is_transposed(node: Node) -> bool:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .capture import Captured
-from .run import Values, cut_into_blocks, run_block
+from .run import Values, run_block
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_predictions(captured: Captured) -> Predictions | str:
     checked = logits.all_input_nodes[0] if logits.target is torch.ops.aten.linear.default else logits
     changed, half = ids.clone(), ids.shape[1] // 2
     changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
-    before, after = (_value(captured.graph, {**by_node, tokens: each}, checked) for each in (ids, changed))
+    before, after = _values_of(captured, checked, [{**by_node, tokens: each} for each in (ids, changed)])
     if before.shape[:2] != ids.shape:
         return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
     rounding = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
@@ -58,8 +58,9 @@ def _is_token_ids(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _value(gm: GraphModule, values: Values, node: Node) -> Tensor:
-    """What `node` computes from the graph's inputs."""
-    (whole,) = cut_into_blocks(gm, node, 1)
-    found: Tensor = run_block(gm, whole, values)[node]
-    return found
+def _values_of(captured: Captured, node: Node, calls: list[Values]) -> list[Tensor]:
+    """What `node` computes from each of several inputs of the graph."""
+    for block in captured.blocks(node):
+        calls = [run_block(captured.weights, block, values) for values in calls]
+        captured.weights.give_back()
+    return [values[node] for values in calls]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from ..errors import CalibrationError, PifaError
 from .causal_attention import without_causal_mask
+from .weights import Weights
 
 Values = dict[Node, Any]
 
@@ -47,15 +47,13 @@ _DIFFERENTIABLE: Mapping[Any, Callable[..., Any]] = {torch.ops.aten.copy.default
 """What runs in the place of operations that functional graphs have and that cannot be differentiated."""
 
 
-def constant(gm: GraphModule, node: Node) -> Any:
-    """What a `get_attr` node reads: a weight, which needs no gradient here, or a buffer."""
-    found = attrgetter(str(node.target))(gm)
-    return found.detach() if isinstance(found, Tensor) else found
+def call_node(weights: Weights, node: Node, values: Values) -> Any:
+    """What a node computes from `values` and what it reads of `weights`."""
 
+    def value(argument: Node) -> Any:
+        return weights.read(str(argument.target)) if argument.op == "get_attr" else values[argument]
 
-def call_node(gm: GraphModule, node: Node, values: Values) -> Any:
-    """What a node computes from `values`; weights are read from the graph."""
-    return call(node, lambda argument: constant(gm, argument) if argument.op == "get_attr" else values[argument])
+    return call(node, value)
 
 
 def ancestors(*nodes: Node) -> set[Node]:
@@ -113,11 +111,13 @@ def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
     return blocks
 
 
-def run_block(gm: GraphModule, block: Block, values: Values, seen: Callable[[Node, Any], None] | None = None) -> Values:
+def run_block(
+    weights: Weights, block: Block, values: Values, seen: Callable[[Node, Any], None] | None = None
+) -> Values:
     """Computes a block from the values that cross into it; what crosses out of it."""
     values = dict(values)
     for node in block.nodes:
-        values[node] = call_node(gm, node, values)
+        values[node] = call_node(weights, node, values)
         if seen is not None:
             seen(node, values)
         for each in block.unread.get(node, ()):

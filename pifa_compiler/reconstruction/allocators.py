@@ -7,7 +7,7 @@ names them; all keep the total of stored numbers within the budget.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,18 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..errors import ConfigError, RankError
 from ..factors import rank_for_density, stored_numbers
 from .knapsack import Choices, choices, minimise
-from .methods import gram_root
+from .spectra import squared_singular_values
 
 LEAST_RANK = 16
 """What `global` and `d-rank` leave every layer, unless equal shares would give it less."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an allocator's `look` found of a linear (None: it has none), and whether it was given output gradients."""
+
+    found: Tensor | None = None
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,22 +36,20 @@ class Layer:
 
     Attributes:
         name: as in `named_modules`.
-        weight: [out, in].
+        shape: (out, in) of its weight.
         attention: whether it makes queries, keys or values, or reads what attention gives.
-        gram: sum x x^T of its inputs in the dense model, [in, in]; None where the allocator does not ask for it.
-        gradient_gram: sum g g^T of the gradients at its outputs, [out, out] (see `output_gradients`), or None.
+        seen: what the allocator's `look` found.
     """
 
     name: str
-    weight: Tensor
+    shape: tuple[int, int]
     attention: bool = False
-    gram: Tensor | None = None
-    gradient_gram: Tensor | None = None
+    seen: Seen = field(default_factory=Seen)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.weight.shape[0], self.weight.shape[1]
+    def numbers(self) -> int:
+        """How many its weight has."""
+        return self.shape[0] * self.shape[1]
 
 
 Set = Sequence[Layer]
@@ -64,7 +70,7 @@ class Budget:
 
     def numbers(self, sets: Sequence[Set]) -> int:
         """How many numbers, of all layers together."""
-        return int(self.density * sum(layer.weight.numel() for layers in sets for layer in layers))
+        return int(self.density * sum(layer.numbers for layers in sets for layer in layers))
 
     def equal_share(self, layers: Set, *, exact: bool = False) -> int:
         """The rank that the density alone would give."""
@@ -84,11 +90,28 @@ class Allocator:
 
     Attributes:
         ranks: (sets, budget) -> one rank, or None for dense, for each set.
-        needs_gram: whether it looks at what the layers do to the calibration inputs.
+        look: (weight [out, in], gram [in, in] of its inputs, gradient_gram [out, out] or None) -> what `ranks` wants to
+            know of a layer, as few numbers: the matrices need not be kept until all layers were seen. None where the
+            shapes alone decide.
     """
 
     ranks: Callable[[Sequence[Set], Budget], Ranks]
-    needs_gram: bool = False
+    look: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+    def look_at(self, name: str, weight: Tensor, gram: Tensor, gradient_gram: Tensor | None) -> Seen:
+        """What `look` says of the linear `name`.
+
+        Raises:
+            RankError: a decomposition fails on these numbers.
+        """
+        if self.look is None:
+            return Seen()
+        try:
+            return Seen(self.look(weight, gram, gradient_gram).cpu(), gradient_gram is not None)
+        except LinAlgError as error:
+            raise RankError(
+                f"the singular values of {name} cannot be computed ({error}); take the allocator uniform, or skip it"
+            ) from error
 
 
 def uniform(sets: Sequence[Set], budget: Budget) -> Ranks:
@@ -108,7 +131,7 @@ def attention_mlp(sets: Sequence[Set], budget: Budget) -> Ranks:
         )
     size = [_size(layers) for layers in sets]
     inside = sum(each for each, is_inside in zip(size, attention, strict=True) if is_inside)
-    curves = [relative_losses(layers) for layers in sets]
+    curves = [_relative_losses(layers) for layers in sets]
     found: list[tuple[float, Ranks]] = []
     for density in (budget.density, budget.density - 0.1):
         rest = (budget.density * sum(size) - density * inside) / (sum(size) - inside)
@@ -119,25 +142,19 @@ def attention_mlp(sets: Sequence[Set], budget: Budget) -> Ranks:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def owl(sets: Sequence[Set], budget: Budget, *, spread: float = 0.08, multiple_of_mean: float = 5.0) -> Ranks:
+def owl(sets: Sequence[Set], budget: Budget, *, spread: float = 0.08) -> Ranks:
     """OWL (arXiv 2310.05175, section 4): blocks of layers with more outliers keep more, within +-0.08 of the density.
 
-    An outlier is an entry of |W| ||x||, norms over the tokens, above five times its layer's mean. A block is all that
-    shares a numbered name (`model.layers.3`). With s_i the sparsity that OWL gives block i, its density is
-    density * (1 - s_i) / (1 - mean s), as in MPIFA_NS.
+    A block is all that shares a numbered name (`model.layers.3`). With s_i the sparsity that OWL gives block i by its
+    outliers, its density is density * (1 - s_i) / (1 - mean s), as in MPIFA_NS.
     """
     blocks: dict[str, list[int]] = {}
     for index, layers in enumerate(sets):
         blocks.setdefault(_block_of(layers[0].name), []).append(index)
     ratios = {}
     for block, members in blocks.items():
-        outliers = total = 0
-        for layer in (layer for index in members for layer in sets[index]):
-            norms = _gram(layer).diagonal().clamp(min=0).sqrt().float()
-            score = layer.weight.float().abs() * norms
-            outliers += int((score > multiple_of_mean * score.mean()).sum())
-            total += score.numel()
-        ratios[block] = outliers / total
+        seen = [layer for index in members for layer in sets[index]]
+        ratios[block] = sum(int(_seen(layer)) for layer in seen) / sum(layer.numbers for layer in seen)
     low, high = min(ratios.values()), max(ratios.values())
     scaled = {
         block: 2 * spread * (ratio - low) / (high - low) if high > low else 0.0 for block, ratio in ratios.items()
@@ -152,6 +169,12 @@ def owl(sets: Sequence[Set], budget: Budget, *, spread: float = 0.08, multiple_o
     return _by_density(sets, [min(max(scale * density, 1e-9), 1.0) for density in densities], budget)
 
 
+def count_outliers(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None = None) -> Tensor:
+    """How many entries of |W| ||x||, norms over the tokens, are above five times their mean; OWL's outliers."""
+    score = weight.float().abs() * gram.diagonal().clamp(min=0).sqrt().float()
+    return (score > 5 * score.mean()).sum()
+
+
 def d_rank(sets: Sequence[Set], budget: Budget) -> Ranks:
     """D-Rank (arXiv 2509.25622, section 3): the least sum of R_eff / rank over all layers.
 
@@ -161,59 +184,47 @@ def d_rank(sets: Sequence[Set], budget: Budget) -> Ranks:
     curves = []
     for layers in sets:
         full = min(layers[0].shape)
-        effective = sum(_effective_rank(squared_singular_values(layer)) for layer in layers)
+        effective = sum(_effective_rank(_seen(layer)) for layer in layers)
         curves.append(effective / torch.arange(full + 1, dtype=torch.float64).clamp(min=1))
     return _minimise(sets, curves, budget)
 
 
 def globally(sets: Sequence[Set], budget: Budget) -> Ranks:
-    """Predictions moved least in all, to second order; least relative output errors where gradients are unknown."""
-    weighted = all(layer.gradient_gram is not None for layers in sets for layer in layers)
-    return _minimise(sets, [losses(layers) if weighted else relative_losses(layers) for layers in sets], budget)
+    """Predictions moved least in all, to second order; least relative output errors where gradients are unknown.
+
+    If only some layers have gradients, the others are given the rank of the density: their errors cannot be compared.
+    """
+    weighted = [all(layer.seen.weighted for layer in layers) for layers in sets]
+    if not any(weighted):
+        return _minimise(sets, [_relative_losses(layers) for layers in sets], budget)
+    known = [layers for layers, has in zip(sets, weighted, strict=True) if has]
+    ranks_of_known = iter(_minimise(known, [_losses(layers) for layers in known], budget))
+    ranks_of_others = iter(uniform([layers for layers, has in zip(sets, weighted, strict=True) if not has], budget))
+    return [next(ranks_of_known if has else ranks_of_others) for has in weighted]
+
+
+def _without_gradients(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None = None) -> Tensor:
+    return squared_singular_values(weight, gram)
 
 
 ALLOCATORS: Mapping[str, Allocator] = {
-    "global": Allocator(globally, needs_gram=True),
+    "global": Allocator(globally, squared_singular_values),
     "uniform": Allocator(uniform),
-    "attn-mlp": Allocator(attention_mlp, needs_gram=True),
-    "owl": Allocator(owl, needs_gram=True),
-    "d-rank": Allocator(d_rank, needs_gram=True),
+    "attn-mlp": Allocator(attention_mlp, _without_gradients),
+    "owl": Allocator(owl, count_outliers),
+    "d-rank": Allocator(d_rank, _without_gradients),
 }
 """By the name that `CompressConfig(allocator=...)` and `pifa compress --allocator` take."""
 
 
-def squared_singular_values(layer: Layer) -> Tensor:
-    """Of G^1/2 W A^1/2, descending, [min(out, in)], float64; G is the identity where gradients are not known.
-
-    With L L^T = A they are the eigenvalues of L^T W^T G W L, so that only the matrix of the smaller side, here that of
-    the inputs, needs a root.
-    """
-    weight = layer.weight.double()
-    grams = [gram if gram is None else gram.double() for gram in (_gram(layer), layer.gradient_gram)]
-    if weight.shape[0] < weight.shape[1]:
-        weight, grams = weight.T, grams[::-1]
-    smaller, larger = grams
-    small = weight.T @ (weight if larger is None else larger @ weight)
-    if smaller is not None:
-        root = gram_root(smaller, 0).root
-        small = root.T @ small @ root
-    try:
-        squared: Tensor = torch.linalg.eigvalsh(small)
-    except LinAlgError as error:
-        raise RankError(
-            f"the singular values of {layer.name} cannot be computed ({error}); take the allocator uniform, or skip it"
-        ) from error
-    return squared.flip(0).clamp(min=0)
-
-
-def losses(layers: Set) -> Tensor:
+def _losses(layers: Set) -> Tensor:
     """Summed loss of a set at rank 0, 1, ..., full, [full + 1]: what the singular values past the rank add up to."""
-    return torch.stack([_tail_sums(squared_singular_values(layer)) for layer in layers]).sum(dim=0)
+    return torch.stack([_tail_sums(_seen(layer)) for layer in layers]).sum(dim=0)
 
 
-def relative_losses(layers: Set) -> Tensor:
-    """As `losses`, each layer's by what its outputs add up to."""
-    tails = [_tail_sums(squared_singular_values(replace(layer, gradient_gram=None))) for layer in layers]
+def _relative_losses(layers: Set) -> Tensor:
+    """As `_losses`, each layer's by what its outputs add up to."""
+    tails = [_tail_sums(_seen(layer)) for layer in layers]
     return torch.stack([tail / tail[0].clamp(min=1e-300) for tail in tails]).sum(dim=0)
 
 
@@ -226,14 +237,14 @@ def _effective_rank(squared: Tensor) -> float:
     return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))
 
 
-def _gram(layer: Layer) -> Tensor:
-    if layer.gram is None:
-        raise ValueError(f"no Gram matrix of the inputs of {layer.name}")
-    return layer.gram
+def _seen(layer: Layer) -> Tensor:
+    if layer.seen.found is None:
+        raise ValueError(f"the allocator was shown nothing of {layer.name}")
+    return layer.seen.found
 
 
 def _size(layers: Set) -> int:
-    return sum(layer.weight.numel() for layer in layers)
+    return sum(layer.numbers for layer in layers)
 
 
 def _block_of(name: str) -> str:
@@ -263,7 +274,7 @@ def _by_density(sets: Sequence[Set], densities: Sequence[float], budget: Budget)
     for layers, density in zip(sets, densities, strict=True):
         own = replace(budget, density=density)
         rank, exact = own.equal_share(layers), own.equal_share(layers, exact=True)
-        dense = stored_numbers(*layers[0].shape, rank) >= layers[0].weight.numel()
+        dense = stored_numbers(*layers[0].shape, rank) >= layers[0].numbers
         ranks.append(None if dense else rank)
         lost.append(1 - rank / exact)
     if budget.multiple == 1:
@@ -279,7 +290,7 @@ def _by_density(sets: Sequence[Set], densities: Sequence[float], budget: Budget)
             continue
         raised = stored_numbers(*layers[0].shape, given + budget.multiple)
         more = len(layers) * raised - cost[index]
-        if more <= left and raised < layers[0].weight.numel():
+        if more <= left and raised < layers[0].numbers:
             ranks[index] = given + budget.multiple
             left -= more
     return ranks

@@ -9,21 +9,20 @@ over the calibration tokens, x the linear's input and g, at its output, the grad
 random signs z for every token: the mean of g g^T over z is Fisher's matrix. The usual g, the gradient of the cross
 entropy of a token drawn from p, has the same mean but varies more, as a sure prediction rarely draws another token and
 then makes a large gradient. Of the token that really follows in the text, g g^T has another mean, which says less about
-curvature (Kunstner et al., arXiv 1905.12558). `dense_statistics` sums both in one forward and one backward pass of the
-dense model over every batch.
+curvature (Kunstner et al., arXiv 1905.12558). `sum_dense` sums both in one forward and one backward pass of the dense
+model over every batch.
 
-No gradient of a weight is ever made. The graph runs in blocks, one batch at a time. Of the last blocks everything is
-kept that going back needs, as long as it fits `_KEPT_BYTES`; of the others only the values that cross from one to the
-next, from which they are computed again. Memory holds the sums, what is kept, and one block.
+No gradient of a weight is ever made. The graph runs in blocks, each over all batches before the next: forward, where
+only the values that cross from one block to another are kept, and back from the last, where each block is computed once
+more, for one batch at a time, with all that going back through it needs. When a block is done its sums are complete and
+are handed over. Memory holds the crossing values, the sums of one block, and one block of one batch.
 
 Where the device has units for bfloat16, products and attention run in it (by autocast): the sums weigh errors and say
 where ranks are worth most, for which three digits are plenty. The sums themselves are taken in float32.
 """
 
-import math
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,9 +33,10 @@ from ..errors import CalibrationError, DerivativeError
 from ..graph.capture import Captured
 from ..graph.linears import weight_name
 from ..graph.predictions import Predictions
-from ..graph.run import Block, Values, cut_into_blocks, run_block
-from .statistics import DenseStatistics
+from ..graph.run import Block, Values, run_block
+from .statistics import DenseStatistics, DenseSums
 from .sweep import Progress, gram_matrix, tokens_as_rows
+from .value_store import Room, ValueStore
 
 _ROWS = 32
 """Tokens whose probabilities are computed at once, in float32: few enough for a cache."""
@@ -44,78 +44,100 @@ _ROWS = 32
 _TOKENS_FOR_RANKS = 16
 """Tokens for every channel of the widest input: sums of more hardly change the ranks."""
 
-_KEPT_BYTES = 3 << 30
-"""What going back may hold of a batch rather than have computed again."""
+Keep = Callable[[Node, DenseSums], None]
+"""Called with a linear and its sums once they are complete; what it does not keep is forgotten."""
 
 
-def dense_statistics(
+@dataclass(frozen=True)
+class BlockDone:
+    """What is left to do after a block, so that a run that was stopped can go on behind it.
+
+    Attributes:
+        block: its number, counted from the first of the graph.
+        gradients: for every batch, the gradients at the values that cross into it.
+        bfloat16: whether they were computed in bfloat16.
+    """
+
+    block: int
+    gradients: Sequence[Mapping[Node, Tensor]]
+    bfloat16: bool
+
+
+def sum_dense(
     captured: Captured,
-    targets: Sequence[Node],
+    linears: Sequence[Node],
     predictions: Predictions,
+    keep: Keep,
     progress: Progress | None = None,
     *,
     for_ranks: bool = False,
-) -> DenseStatistics:
-    """Sums `DenseStatistics` for the linears `targets` over all batches.
+    room: Room | None = None,
+    done: BlockDone | None = None,
+    save: Callable[[BlockDone], None] | None = None,
+) -> list[str]:
+    """Sums over all batches, for the linears given, what `DenseSums` holds.
 
     Linears that the logits do not depend on are left out, and those whose output they do not depend on have no sum of
     gradients.
 
     Args:
         captured: the model's graph and its calibration batches; padding, by the masks, is left out.
-        targets: `aten.linear.default` nodes.
+        linears: `aten.linear.default` nodes.
         predictions: as `find_predictions` found it.
-        progress: called after each batch.
+        keep: takes the sums.
+        progress: called after each block of the way there and back.
         for_ranks: whether the inputs' sums are for choosing ranks only, so that those of a part of the tokens will do.
+        room: where the values that cross between blocks may lie.
+        done: where an earlier run came to, which has kept the sums of this block and all behind it.
+        save: called after each block on the way back, before the next.
+
+    Returns:
+        What was out of the ordinary.
 
     Raises:
         DerivativeError: the graph holds an operation that has no derivative, or cannot be computed so as to have one.
         CalibrationError: a gradient is not finite.
+        OffloadError: values that cross between blocks cannot be written.
     """
     device = _tokens_of(captured, predictions)[0].device
-    bfloat16, notes = has_bfloat16_units(device), []
-    try:
-        runner = _run(captured, targets, predictions, progress, for_ranks, bfloat16)
-    except DerivativeError:
-        raise
-    except CalibrationError as error:
-        if not bfloat16:
-            raise DerivativeError(f"{error}; pass gradients=False (--no-gradients)") from error
-        notes.append(f"output gradients were computed in float32, not bfloat16: {error}")
-        runner = _run(captured, targets, predictions, progress, for_ranks, bfloat16=False)
-    for node, gram in runner.gradient_gram.items():
-        if not bool(torch.isfinite(gram).all()):
-            raise CalibrationError(
-                f"the gradient at the output of {weight_name(node)} is not finite; calibrate in float32, "
-                "or pass gradients=False (--no-gradients)"
-            )
-    inputs = {weight_name(node): node.all_input_nodes[0] for node in targets}
-    inputs = {name: source for name, source in inputs.items() if source in runner.gram}
-    return DenseStatistics(
-        {name: runner.gram[source] for name, source in inputs.items()},
-        {weight_name(node): gram for node, gram in runner.gradient_gram.items()},
-        {name: runner.sum_abs[source] for name, source in inputs.items()},
-        {name: runner.tokens[source] for name, source in inputs.items()},
-        notes=tuple(notes),
-    )
+    bfloat16, notes = has_bfloat16_units(device), list[str]()
+    stride = _stride(captured, linears, predictions) if for_ranks else 1
+    while True:
+        walk = _Walk(captured, linears, predictions, stride, bfloat16, keep, room or Room())
+        try:
+            walk.run(progress, done if done is not None and done.bfloat16 == bfloat16 else None, save)
+            return notes
+        except (DerivativeError, _NotFiniteError):
+            raise
+        except CalibrationError as error:
+            if not bfloat16:
+                raise DerivativeError(f"{error}; pass gradients=False (--no-gradients)") from error
+            notes.append(f"output gradients were computed in float32, not bfloat16: {error}")
+            bfloat16 = False
+        finally:
+            walk.values.clear()
 
 
-def _run(
+def dense_statistics(
     captured: Captured,
-    targets: Sequence[Node],
+    linears: Sequence[Node],
     predictions: Predictions,
-    progress: Progress | None,
-    for_ranks: bool,
-    bfloat16: bool,
-) -> "_Backward":
-    placeholders = captured.graph.graph.find_nodes(op="placeholder")
-    stride = _stride(captured, targets, predictions) if for_ranks else 1
-    runner = _Backward(captured, targets, predictions, stride, bfloat16)
-    for index, values in enumerate(captured.inputs):
-        runner.add(dict(zip(placeholders, values, strict=True)), index)
-        if progress is not None:
-            progress(index + 1, len(captured.inputs), "output gradients")
-    return runner
+    progress: Progress | None = None,
+    *,
+    for_ranks: bool = False,
+) -> DenseStatistics:
+    """All that `sum_dense` sums, kept in memory.
+
+    Args:
+        captured, linears, predictions, progress, for_ranks: as there.
+
+    Raises:
+        DerivativeError, CalibrationError: as there.
+    """
+    found = DenseStatistics()
+    notes = sum_dense(captured, linears, predictions, found.add, progress, for_ranks=for_ranks)
+    found.notes = tuple(notes)
+    return found
 
 
 def _tokens_of(captured: Captured, predictions: Predictions) -> list[Tensor]:
@@ -124,13 +146,13 @@ def _tokens_of(captured: Captured, predictions: Predictions) -> list[Tensor]:
     return [values[at] for values in captured.inputs]
 
 
-def _stride(captured: Captured, targets: Sequence[Node], predictions: Predictions) -> int:
+def _stride(captured: Captured, linears: Sequence[Node], predictions: Predictions) -> int:
     """One token in so many is enough for `_TOKENS_FOR_RANKS`."""
     tokens = 0
     for index, ids in enumerate(_tokens_of(captured, predictions)):
         mask = captured.masks.rows(predictions.tokens, index, ids.shape)
         tokens += ids.numel() if mask is None else int(mask.sum())
-    widest = max(int(node.all_input_nodes[0].meta["val"].shape[-1]) for node in targets)
+    widest = max(int(node.all_input_nodes[0].meta["val"].shape[-1]) for node in linears)
     return max(tokens // (_TOKENS_FOR_RANKS * widest), 1)
 
 
@@ -143,108 +165,165 @@ class _Record:
         leaves: values that crossed into it.
         met: outputs of the linears that gradients are wanted of.
         outputs: values that cross out of it.
-        bytes: what it holds, weights left out.
     """
 
     block: Block
     leaves: dict[Node, Tensor]
     met: dict[Node, Tensor]
     outputs: Values
-    bytes: int
 
 
 def _detached(values: Values) -> Values:
     return {node: pytree.tree_map_only(Tensor, Tensor.detach, value) for node, value in values.items()}
 
 
-class _Backward:
-    """Forward and backward passes over a graph, batch by batch, and their running sums."""
+@dataclass
+class _Sums:
+    """Running sums of one block: of the inputs that its linears read, by their nodes, and of its linears' outputs."""
+
+    gram: dict[Node, Tensor] = field(default_factory=dict)
+    sum_abs: dict[Node, Tensor] = field(default_factory=dict)
+    tokens: dict[Node, int] = field(default_factory=dict)
+    gradient_gram: dict[Node, Tensor] = field(default_factory=dict)
+
+
+class _NotFiniteError(CalibrationError):
+    """A gradient is NaN or infinite."""
+
+
+class _Walk:
+    """The forward and backward pass over a graph, block by block, and the sums of the block at hand."""
 
     def __init__(
-        self, captured: Captured, targets: Sequence[Node], predictions: Predictions, stride: int, bfloat16: bool
+        self,
+        captured: Captured,
+        linears: Sequence[Node],
+        predictions: Predictions,
+        stride: int,
+        bfloat16: bool,
+        keep: Keep,
+        room: Room,
     ) -> None:
-        self.bfloat16 = bfloat16
-        self.gm = gm = captured.graph
-        self.masks, self.predictions, self.targets, self.stride = (
-            captured.masks,
-            predictions,
-            frozenset(targets),
-            stride,
-        )
-        self._summed: set[Node] = set()  # inputs of the batch at hand
-        self.blocks = cut_into_blocks(gm, predictions.logits, max(math.isqrt(len(targets)), 1))
-        self.gram: dict[Node, Tensor] = {}
-        self.gradient_gram: dict[Node, Tensor] = {}
-        self.sum_abs: dict[Node, Tensor] = {}
-        self.tokens: dict[Node, int] = {}
-        self._generator = torch.Generator().manual_seed(0)
-        self._weights = {weight.untyped_storage().data_ptr() for weight in gm.parameters()}
+        self.captured, self.predictions, self.linears = captured, predictions, frozenset(linears)
+        self.stride, self.bfloat16, self.keep = stride, bfloat16, keep
+        self.blocks = captured.blocks(predictions.logits)
+        self.device = _tokens_of(captured, predictions)[0].device
+        self.placeholders = captured.graph.graph.find_nodes(op="placeholder")
+        self.values = ValueStore(room)  # by batch: what crosses between blocks
+        self.gradients = ValueStore(room)  # by batch: the gradients at what crosses into the block done last
 
-    def add(self, inputs: Values, batch: int) -> None:
-        """Adds one batch, whose index is `batch`."""
-        device = inputs[self.predictions.tokens].device
-        self._summed.clear()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
-            values, crossing, records = inputs, [], deque[_Record]()
-            for block in self.blocks:
-                crossing.append(values)
-                records.append(self._record(block, values, batch))
-                while sum(record.bytes for record in records) > _KEPT_BYTES and len(records) > 1:
-                    records.popleft()
-                values = _detached(records[-1].outputs)
-            logits = values.pop(self.predictions.logits)
-            counts = self.masks.rows(self.predictions.logits, batch, logits.shape[:2])
-            mask = None if counts is None else counts.view(logits.shape[:2])
-            gradients = {self.predictions.logits: _logits_gradient(logits, mask, self._generator)}
-            del values, logits
-            for block in reversed(self.blocks):
-                inputs = crossing.pop()
-                record = records.pop() if records else self._record(block, inputs, batch)
-                gradients = self._back(record, gradients, batch)
+    def run(self, progress: Progress | None, done: BlockDone | None, save: Callable[[BlockDone], None] | None) -> None:
+        steps, behind = 2 * len(self.blocks) - 1, len(self.blocks) if done is None else done.block
 
-    def _sum_inputs(self, source: Node, values: Values, batch: int) -> None:
-        if source in self._summed:
-            return
-        self._summed.add(source)
-        readers = [weight_name(user).removesuffix(".weight") for user in source.users if user in self.targets]
-        mask = self.masks.rows(source, batch, values[source].shape[:-1], readers)
+        def tell(step: int) -> None:
+            if progress is not None:
+                progress(step, steps, "output gradients")
+
+        for batch, inputs in enumerate(self.captured.inputs):
+            self.values.put(batch, dict(zip(self.placeholders, inputs, strict=True)))
+        for index, block in enumerate(self.blocks[: behind - 1]):
+            self._forward(block)
+            tell(index + 1)
+        if done is not None:
+            for batch, gradients in enumerate(done.gradients):
+                self.gradients.put(batch, gradients)
+        for index in reversed(range(behind)):
+            self._backward(index)
+            tell(steps - index)
+            if save is not None:
+                crossing = [self.gradients.get(batch) for batch in range(len(self.captured.inputs))]
+                save(BlockDone(index, crossing, self.bfloat16))
+        self.gradients.clear()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _batches(self) -> Iterator[int]:
+        yield from range(len(self.captured.inputs))
+        self.captured.weights.give_back()
+
+    @torch.no_grad()
+    def _forward(self, block: Block) -> None:
+        for batch in self._batches():
+            with self._autocast():
+                self.values.add(batch, run_block(self.captured.weights, block, self._crossing(block, batch)))
+
+    def _backward(self, index: int) -> None:
+        block, sums = self.blocks[index], _Sums()
+        before = self.blocks[index - 1].nodes if index else self.placeholders
+        for batch in self._batches():
+            with self._autocast():
+                record = self._record(block, batch, sums)
+                if index == len(self.blocks) - 1:
+                    logits = record.outputs[self.predictions.logits].detach()
+                    gradients: Values = {self.predictions.logits: self._gradient_of(logits, batch)}
+                    del logits
+                else:
+                    gradients = self.gradients.get(batch)
+                self.gradients.put(batch, self._back(record, gradients, batch, sums))
+            self.values.drop(batch, set(before))  # going back through the block before makes them anew
+        for node in block.nodes:
+            if node in self.linears:
+                self._hand_over(node, sums)
+
+    def _crossing(self, block: Block, batch: int) -> Values:
+        read = {parent for node in block.nodes for parent in node.all_input_nodes}
+        return _detached(self.values.select(batch, read))
+
+    def _gradient_of(self, logits: Tensor, batch: int) -> Tensor:
+        counts = self.captured.masks.rows(self.predictions.logits, batch, logits.shape[:2])
+        mask = None if counts is None else counts.view(logits.shape[:2])
+        return _logits_gradient(logits, mask, torch.Generator().manual_seed(batch))
+
+    def _hand_over(self, node: Node, sums: _Sums) -> None:
+        source, gram = node.all_input_nodes[0], sums.gradient_gram.get(node)
+        if gram is not None and not bool(torch.isfinite(gram).all()):
+            raise _NotFiniteError(
+                f"the gradient at the output of {weight_name(node)} is not finite; calibrate in float32, "
+                "or pass gradients=False (--no-gradients)"
+            )
+        self.keep(node, DenseSums(sums.gram[source], gram, sums.sum_abs[source], sums.tokens[source]))
+
+    def _sum_inputs(self, source: Node, values: Values, batch: int, sums: _Sums) -> None:
+        readers = [weight_name(user).removesuffix(".weight") for user in source.users if user in self.linears]
+        mask = self.captured.masks.rows(source, batch, values[source].shape[:-1], readers)
         rows = tokens_as_rows(values[source].detach(), mask, self.stride)
-        self.tokens[source] = self.tokens.get(source, 0) + len(rows)
-        _add(self.gram, source, _gram_matrix(rows))
-        _add(self.sum_abs, source, rows.abs().sum(dim=0))
+        sums.tokens[source] = sums.tokens.get(source, 0) + len(rows)
+        _add(sums.gram, source, _gram_matrix(rows))
+        _add(sums.sum_abs, source, rows.abs().sum(dim=0))
 
-    def _record(self, block: Block, inputs: Values, batch: int) -> _Record:
+    def _record(self, block: Block, batch: int, sums: _Sums) -> _Record:
         """Computes a block from the values that cross into it, and sums the inputs of its linears."""
-        inputs = _detached(inputs)
+        inputs = self._crossing(block, batch)
         leaves = {
             node: value.requires_grad_()
             for node, value in inputs.items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         met: dict[Node, Tensor] = {}
-        held: dict[int, int] = {}
+        summed: set[Node] = set()
 
         def note(node: Node, values: Values) -> None:
-            if node in self.targets:
+            if node in self.linears:
                 met[node] = values[node] if values[node].requires_grad else values[node].requires_grad_()
-                self._sum_inputs(node.all_input_nodes[0], values, batch)
+                source = node.all_input_nodes[0]
+                if source not in summed:
+                    summed.add(source)
+                    self._sum_inputs(source, values, batch, sums)
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # an output that held itself would never be freed
+        with torch.enable_grad():
+            outputs = run_block(self.captured.weights, block, inputs, note)
+        made = set(block.nodes)
+        return _Record(block, leaves, met, {node: value for node, value in outputs.items() if node in made})
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = run_block(self.gm, block, inputs, note)
-        return _Record(block, leaves, met, outputs, sum(size for at, size in held.items() if at not in self._weights))
-
-    def _back(self, record: _Record, gradients: Mapping[Node, Tensor], batch: int) -> dict[Node, Tensor]:
+    def _back(self, record: _Record, gradients: Values, batch: int, sums: _Sums) -> Values:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
         outputs = record.outputs
+        before = {node: gradient for node, gradient in gradients.items() if node not in record.block.nodes}
         ends = [node for node in gradients if node in outputs and outputs[node].requires_grad]
         wanted = [*record.leaves, *record.met]
         if not (ends and wanted):
-            return {}
+            return before
         at, along = [outputs[node] for node in ends], [gradients[node] for node in ends]
         inputs = [*record.leaves.values(), *record.met.values()]
         try:
@@ -257,13 +336,13 @@ class _Backward:
                 f"the model has no gradients at {nodes[0].name}..{nodes[-1].name}: {error}; "
                 "pass gradients=False (--no-gradients)"
             ) from error
-        back = {node: gradient for node, gradient in zip(wanted, found, strict=True) if gradient is not None}
-        for node in record.met:
-            if node in back:
-                mask = self.masks.rows(node.all_input_nodes[0], batch, back[node].shape[:-1])
-                rows = tokens_as_rows(back[node], mask)
-                _add(self.gradient_gram, node, _gram_matrix(rows))
-        return {node: gradient for node, gradient in back.items() if node in record.leaves}
+        for node, gradient in zip(wanted, found, strict=True):
+            if gradient is not None and node in record.leaves:
+                before[node] = before[node] + gradient if node in before else gradient
+            elif gradient is not None:
+                mask = self.captured.masks.rows(node.all_input_nodes[0], batch, gradient.shape[:-1])
+                _add(sums.gradient_gram, node, _gram_matrix(tokens_as_rows(gradient, mask)))
+        return before
 
 
 def has_bfloat16_units(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..errors import CaptureError, ConfigError, RankError
@@ -15,8 +15,7 @@ from ..graph.linears import is_transposed, uses_of_weights, weight_name
 from ..graph.run import ancestors
 from ..modules import embedding_storages, is_plain_linear, module_at, storage_of, weight_of
 from ..report import LayerReport
-from .allocators import ALLOCATORS, Budget, Layer
-from .statistics import DenseStatistics
+from .allocators import ALLOCATORS, Budget, Layer, Seen
 
 _SOFTMAX = (
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -26,11 +25,19 @@ _SOFTMAX = (
 
 
 @dataclass(frozen=True)
-class RankedLinear:
-    """One linear to compress: where it is and the rank it shall have (None: it stays dense, for `reason`)."""
+class FoundLinear:
+    """A linear that may be compressed: its layer's name and (out, in) of its weight."""
 
     name: str
-    weight: Tensor  # [out, in], a view of the model's own
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RankedLinear:
+    """One linear to compress: what it is and the rank it shall have (None: it stays dense, for `reason`)."""
+
+    name: str
+    shape: tuple[int, int]
     rank: int | None
     reason: str | None = None
 
@@ -41,8 +48,8 @@ def find_linears(
     skip: Sequence[str],
     ranks: Mapping[str, int],
     exchangeable: Exchangeable | None = None,
-) -> tuple[dict[Node, tuple[str, Tensor]], list[LayerReport]]:
-    """The linears to compress with their names and weights [out, in], and reports of those to leave alone.
+) -> tuple[dict[Node, FoundLinear], list[LayerReport]]:
+    """The linears to compress, and reports of those to leave alone.
 
     Raises:
         CaptureError: there are no linears, or none that may be compressed.
@@ -54,9 +61,11 @@ def find_linears(
     exchangeable = Exchangeable(model, graph) if exchangeable is None else exchangeable
     uses = uses_of_weights(graph)
     parameters = dict(graph.named_parameters(remove_duplicate=False))
+    # Of a model that is not in memory the graph has stand-ins, which share nothing where the model's own do.
+    own = {**parameters, **dict(model.named_parameters(remove_duplicate=False))}
     embedded = embedding_storages(model)
     output = _output_head(model)
-    found: dict[Node, tuple[str, Tensor]] = {}
+    found: dict[Node, FoundLinear] = {}
     reports: dict[str, LayerReport] = {}
     patterns = set(skip)
     for node in nodes:
@@ -67,10 +76,10 @@ def find_linears(
                 reports[report.name] = report
             continue
         name = full_name.removesuffix(".weight")
-        weight = parameter.detach().T if is_transposed(node) else parameter.detach()
+        d_out, d_in = reversed(parameter.shape) if is_transposed(node) else parameter.shape
         matched = [pattern for pattern in skip if fnmatchcase(name, pattern)]
         patterns -= set(matched)
-        if storage_of(parameter) in embedded:
+        if storage_of(own[full_name]) in embedded:
             reason: str | None = "weight is tied to an embedding"
         elif output is not None and module_at(model, name) is output:
             reason = "output head"
@@ -81,20 +90,20 @@ def find_linears(
         else:
             reason = _why_left(model, graph, node, full_name, exchangeable)
         if reason is None:
-            found[node] = (name, weight)
+            found[node] = FoundLinear(name, (d_out, d_in))
         else:
-            reports[name] = LayerReport.of_skip(name, (weight.shape[0], weight.shape[1]), reason, target=False)
+            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
     # A weight that another is computed from stays too.
-    found = {node: linear for node, linear in found.items() if linear[0] not in reports}
+    found = {node: linear for node, linear in found.items() if linear.name not in reports}
     for name, module in model.named_modules():
-        seen = name in reports or any(name == known for known, _ in found.values())
+        seen = name in reports or any(name == linear.name for linear in found.values())
         if is_plain_linear(module) and not seen:
             d_out, d_in = weight_of(module).shape
             reason = "not reached when the model is called as the calibration batches call it"
             reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
-    unknown = patterns | {p for p in ranks if not any(fnmatchcase(name, p) for name, _ in found.values())}
+    unknown = patterns | {p for p in ranks if not any(fnmatchcase(linear.name, p) for linear in found.values())}
     if unknown:
-        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found.values()}))
+        names = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in found.values()}))
         raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
     if not found:
         reasons = ", ".join(sorted({str(report.skipped) for report in reports.values()}))
@@ -148,9 +157,9 @@ def _of_computed_weight(model: nn.Module, node: Node, parameters: Mapping[str, n
 
 
 def give_ranks(
-    found: Mapping[Node, tuple[str, Tensor]],
+    found: Mapping[Node, FoundLinear],
     one_order: Mapping[str, tuple[str, ...]],
-    statistics: DenseStatistics,
+    seen: Mapping[Node, Seen],
     attention: Set[Node],
     *,
     allocator: str,
@@ -160,9 +169,9 @@ def give_ranks(
     """The rank of every linear that was found, or why it stays dense.
 
     Args:
-        found: names and weights [out, in] by node.
+        found: the linears by node.
         one_order: for a layer whose outputs meet those of others (gate and up), the names of all of them.
-        statistics: of the dense model, as far as the allocator needs them.
+        seen: what the allocator's `look` found of them, where it has any.
         attention: the linears in front of and behind attention.
         allocator: a name in `ALLOCATORS`.
         budget: of the layers that no pattern of `fixed` matches.
@@ -171,42 +180,46 @@ def give_ranks(
     Raises:
         RankError: a fixed rank does not exist for its weight, or the density leaves no room for rank 1.
     """
-    targets: dict[Node, RankedLinear] = {}
+    ranked: dict[Node, RankedLinear] = {}
     sets: dict[tuple[object, ...], list[Node]] = {}
-    for node, (name, weight) in found.items():
-        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(name, pattern)]
+    for node, linear in found.items():
+        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(linear.name, pattern)]
         if ranks:
-            targets[node] = _fixed(name, weight, ranks[0])
+            ranked[node] = _fixed(linear, ranks[0])
         elif budget.density == 1:
-            targets[node] = RankedLinear(name, weight, None, "density 1 keeps every weight dense")
+            ranked[node] = RankedLinear(linear.name, linear.shape, None, "density 1 keeps every weight dense")
         else:
-            sets.setdefault((one_order.get(name, name), *weight.shape), []).append(node)
+            sets.setdefault((one_order.get(linear.name, linear.name), *linear.shape), []).append(node)
     layers = [
-        [
-            Layer(
-                *found[node],
-                attention=node in attention,
-                gram=statistics.gram.get(weight_name(node)),
-                gradient_gram=statistics.gradient_gram.get(weight_name(node)),
-            )
-            for node in nodes
-        ]
+        [Layer(found[node].name, found[node].shape, node in attention, seen.get(node, Seen())) for node in nodes]
         for nodes in sets.values()
     ]
     ranks_of_sets = ALLOCATORS[allocator].ranks(layers, budget) if layers else []
     for nodes, rank in zip(sets.values(), ranks_of_sets, strict=True):
         reason = f"the allocator {allocator} keeps it dense at density {budget.density}" if rank is None else None
-        targets.update({node: RankedLinear(*found[node], rank, reason) for node in nodes})
-    return {node: targets[node] for node in found}
+        ranked.update({node: RankedLinear(found[node].name, found[node].shape, rank, reason) for node in nodes})
+    return {node: ranked[node] for node in found}
 
 
-def _fixed(name: str, weight: Tensor, rank: int) -> RankedLinear:
-    d_out, d_in = weight.shape
+def _fixed(linear: FoundLinear, rank: int) -> RankedLinear:
+    d_out, d_in = linear.shape
     if rank > min(d_out, d_in):
-        raise RankError(f"{name}: rank {rank} asked for a weight [{d_out}, {d_in}], at most {min(d_out, d_in)} exists")
+        raise RankError(
+            f"{linear.name}: rank {rank} asked for a weight [{d_out}, {d_in}], at most {min(d_out, d_in)} exists"
+        )
     if stored_numbers(d_out, d_in, rank) >= d_out * d_in:
-        return RankedLinear(name, weight, None, f"PIFA at rank {rank} would not be smaller than the dense weight")
-    return RankedLinear(name, weight, rank)
+        reason = f"PIFA at rank {rank} would not be smaller than the dense weight"
+        return RankedLinear(linear.name, linear.shape, None, reason)
+    return RankedLinear(linear.name, linear.shape, rank)
+
+
+def left_dense(ranked: Mapping[Node, RankedLinear]) -> list[LayerReport]:
+    """Reports of the linears that count for the density and stay dense."""
+    return [
+        LayerReport.of_skip(linear.name, linear.shape, linear.reason, target=True)
+        for linear in ranked.values()
+        if linear.reason is not None
+    ]
 
 
 def find_attention(graph: GraphModule) -> set[Node]:

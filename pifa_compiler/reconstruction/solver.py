@@ -1,6 +1,7 @@
 """From the statistics of a group of linears to their PIFA factors: low-rank by a method, then pivot rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import Node
@@ -8,7 +9,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..errors import RankError
 from ..factors import PifaFactors, Pivoting, factorize, factorize_jointly
-from ..graph.linears import weight_name
+from ..graph.linears import read_weight, weight_name
+from ..graph.weights import Weights
 from ..report import LayerReport
 from .methods import Method, MethodOptions, solve_weighted
 from .selection import RankedLinear
@@ -16,12 +18,21 @@ from .statistics import Statistics, relative_error
 from .sweep import Group
 
 
+@dataclass(frozen=True)
+class Solved:
+    """What was made of a linear."""
+
+    factors: PifaFactors
+    report: LayerReport
+
+
 class GroupSolver:
     """Makes the factors of linears, a group at a time, and a report of each.
 
     Args:
         method, options: how weights are made low-rank.
-        targets: the linears, and the ranks they shall have.
+        weights: where the dense weights are read.
+        linears: the linears, and the ranks they shall have.
         one_order: for a layer whose outputs meet those of others (gate and up), the names of all of them.
         gradient_grams: sum g g^T at the outputs, [out, out], by weight name; errors count alike without one.
         pivoting: how pivot rows are chosen.
@@ -31,18 +42,17 @@ class GroupSolver:
         self,
         method: Method,
         options: MethodOptions,
-        targets: Mapping[Node, RankedLinear],
+        weights: Weights,
+        linears: Mapping[Node, RankedLinear],
         one_order: Mapping[str, tuple[str, ...]],
         gradient_grams: Mapping[str, Tensor],
         pivoting: Pivoting,
     ) -> None:
         self.method, self.options, self.pivoting = method, options, pivoting
-        self.targets, self.one_order, self.gradient_grams = targets, one_order, gradient_grams
-        self.layers: dict[str, LayerReport] = {}
-        self.factors: dict[Node, PifaFactors] = {}
+        self.weights, self.linears, self.one_order, self.gradient_grams = weights, linears, one_order, gradient_grams
 
-    def solve(self, group: Group, statistics: Statistics) -> dict[Node, PifaFactors]:
-        """Factors of the group's members that are to be low-rank.
+    def solve(self, group: Group, statistics: Statistics) -> dict[Node, Solved]:
+        """What becomes of the group's members that are to be low-rank.
 
         Raises:
             RankError: a decomposition fails on these numbers; names the weight.
@@ -55,53 +65,53 @@ class GroupSolver:
                 "damping, calibrate on more tokens, or skip the layer"
             ) from error
 
-    def _solve(self, group: Group, statistics: Statistics) -> dict[Node, PifaFactors]:
+    def _solve(self, group: Group, statistics: Statistics) -> dict[Node, Solved]:
         make_low_rank = self.method.prepare(statistics, self.options)
         low_rank = {}
         for node in group.members:
-            rank, weight, name = self.targets[node].rank, self.targets[node].weight.double(), weight_name(node)
+            rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
             gram = self.gradient_grams.get(name)
             sums = [statistics.output_cross[name]] if name in statistics.output_cross else []
             if rank is not None and gram is not None:
                 low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.options, *sums)
             elif rank is not None:
                 low_rank[node] = make_low_rank(weight, rank, *sums)
-        solved: dict[Node, PifaFactors] = {}
-        for nodes in _sets_of_one_order(low_rank, self.targets, self.one_order):
+        solved: dict[Node, Solved] = {}
+        for nodes in _sets_of_one_order(low_rank, self.linears, self.one_order):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
-            solved.update(zip(nodes, self._factorize(nodes, pairs, statistics.gram), strict=True))
-        self.factors.update(solved)
-        for node, factors in solved.items():
-            self._report(node, factors, low_rank[node].notes, statistics.gram)
+            for node, factors in zip(nodes, self._factorize(nodes, pairs, statistics.gram), strict=True):
+                report = self._report(node, factors, low_rank[node].notes, statistics.gram)
+                solved[node] = Solved(factors, report)
         return solved
 
     def _factorize(
         self, nodes: Sequence[Node], pairs: Sequence[tuple[Tensor, Tensor]], gram: Tensor
     ) -> list[PifaFactors]:
-        first = self.targets[nodes[0]]
+        dtype = read_weight(self.weights, nodes[0]).dtype
         if len(nodes) > 1:
-            return factorize_jointly(pairs, gram=gram, dtype=first.weight.dtype)
-        return [factorize(pairs[0], rank=first.rank, pivoting=self.pivoting, gram=gram, dtype=first.weight.dtype)]
+            return factorize_jointly(pairs, gram=gram, dtype=dtype)
+        rank = self.linears[nodes[0]].rank
+        return [factorize(pairs[0], rank=rank, pivoting=self.pivoting, gram=gram, dtype=dtype)]
 
-    def _report(self, node: Node, factors: PifaFactors, notes: tuple[str, ...], gram: Tensor) -> None:
-        target = self.targets[node]
-        if target.rank is not None and factors.rank < target.rank:
-            notes += (f"rank lowered from {target.rank} to {factors.rank}: the solution has no more",)
-        error = relative_error(target.weight, factors.dense(), gram)
-        self.layers[target.name] = LayerReport.of_factors(
-            target.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
+    def _report(self, node: Node, factors: PifaFactors, notes: tuple[str, ...], gram: Tensor) -> LayerReport:
+        linear = self.linears[node]
+        if linear.rank is not None and factors.rank < linear.rank:
+            notes += (f"rank lowered from {linear.rank} to {factors.rank}: the solution has no more",)
+        error = relative_error(read_weight(self.weights, node), factors.dense(), gram)
+        return LayerReport.of_factors(
+            linear.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
         )
 
 
 def _sets_of_one_order(
-    nodes: Iterable[Node], targets: Mapping[Node, RankedLinear], one_order: Mapping[str, tuple[str, ...]]
+    nodes: Iterable[Node], linears: Mapping[Node, RankedLinear], one_order: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[Node, ...]]:
     """The nodes of a group, those together whose outputs meet (gate and up) if all of them have one rank."""
     sets: dict[tuple[str, ...], list[Node]] = {}
     for node in nodes:
-        sets.setdefault(one_order.get(targets[node].name, (targets[node].name,)), []).append(node)
+        sets.setdefault(one_order.get(linears[node].name, (linears[node].name,)), []).append(node)
     result: list[tuple[Node, ...]] = []
     for names, members in sets.items():
-        together = len(members) == len(names) and len({targets[node].rank for node in members}) == 1
+        together = len(members) == len(names) and len({linears[node].rank for node in members}) == 1
         result += [tuple(members)] if together else [(node,) for node in members]
     return result

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.fx import Node
 
 from ..errors import CalibrationError
+from ..graph.linears import weight_name
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,24 @@ class Statistics:
     output_cross: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DenseSums:
+    """Sums over the calibration tokens at one linear of the dense model, in float32.
+
+    Attributes:
+        gram: sum x x^T of its inputs, [in, in].
+        gradient_gram: sum g g^T of the gradients at its outputs, [out, out] (see `gradients`); None if nothing that the
+            model predicts depends on them, or they were not asked for.
+        sum_abs: sum |x| of every channel, [in].
+        tokens: how many tokens were summed; a pooler sees fewer than the layers before it.
+    """
+
+    gram: Tensor
+    gradient_gram: Tensor | None
+    sum_abs: Tensor
+    tokens: int
+
+
 @dataclass
 class DenseStatistics:
     """Sums over the calibration tokens in the dense model, by the names of the linears' weights, in float32.
@@ -53,6 +73,18 @@ class DenseStatistics:
     tokens: dict[str, int] = field(default_factory=dict)
     no_gradients: str | None = None
     notes: tuple[str, ...] = ()
+
+    def add(self, linear: Node, sums: DenseSums) -> None:
+        """Keeps the sums of a linear; what several on one input share is kept once."""
+        name = weight_name(linear)
+        self.gram[name], self.sum_abs[name], self.tokens[name] = sums.gram, sums.sum_abs, sums.tokens
+        if sums.gradient_gram is not None:
+            self.gradient_gram[name] = sums.gradient_gram
+
+    def forget(self) -> None:
+        """Drops all sums."""
+        for sums in (self.gram, self.gradient_gram, self.sum_abs, self.tokens):
+            sums.clear()
 
     def of_input(self, name: str) -> Statistics:
         """The sums at the input of the linear with the weight `name`, as methods of one flow take them.

@@ -6,6 +6,9 @@ next *group* of linears (those that read one value: q, k and v; gate and up) for
 the group's weights are then solved, and the next segment runs with them. Every node runs once per flow and batch,
 values are freed after their last use, and the walk ends at the last linear to compress: a head's logits are never
 computed. There are no layer names in it.
+
+Between segments the values of all batches may lie in files, and weights are read again for every segment, so that
+neither need fit into memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,15 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
 from ..factors import PifaFactors
 from ..graph.capture import Captured
 from ..graph.linears import weight_name
-from ..graph.run import Values, ancestors, call, constant
+from ..graph.run import Values, ancestors, call
 from ..kernels import linear
 from .statistics import Statistics
+from .value_store import Room, ValueStore
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what) while long work goes on."""
@@ -71,15 +74,15 @@ class Flows:
             values.pop(node, None)
 
 
-def plan(graph: torch.fx.Graph, targets: Iterable[Node], *, drift: bool = False) -> list[Segment]:
-    """Segments in the order of the graph; nodes that no target's input needs are in none of them.
+def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False) -> list[Segment]:
+    """Segments in the order of the graph; nodes that no linear's input needs are in none of them.
 
-    With `drift` also what targets' outputs are added to is computed. Where several outputs are added to one value (the
+    With `drift` also what linears' outputs are added to is computed. Where several outputs are added to one value (the
     attention's and the MLP's in parallel) the last of these linears has all others among its addends, and they none:
     what is lacking is made up for once.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
-    unsolved = set(targets)
+    unsolved = set(linears)
     done: set[Node] = set()
     segments = []
     for group in groups(graph, unsolved):
@@ -94,12 +97,12 @@ def plan(graph: torch.fx.Graph, targets: Iterable[Node], *, drift: bool = False)
     return segments
 
 
-def groups(graph: torch.fx.Graph, targets: Iterable[Node]) -> list[Group]:
+def groups(graph: torch.fx.Graph, linears: Iterable[Node]) -> list[Group]:
     """Linears by the value they read, in the order of the graph."""
     members: dict[Node, list[Node]] = {}
     position = {node: index for index, node in enumerate(graph.nodes)}
-    for target in sorted(targets, key=position.__getitem__):
-        members.setdefault(target.all_input_nodes[0], []).append(target)
+    for node in sorted(linears, key=position.__getitem__):
+        members.setdefault(node.all_input_nodes[0], []).append(node)
     return [Group(source, tuple(nodes)) for source, nodes in members.items()]
 
 
@@ -124,82 +127,120 @@ def _shape(value: Any) -> torch.Size | None:
     return found.shape if isinstance(found, Tensor) else None
 
 
+Replacement = PifaFactors | Tensor
+"""What stands in for the weight of a linear: factors, or another weight [out, in]."""
+
+
 class Sweep:
     """One walk over `captured`; see the module's docstring.
 
     Args:
         captured: the graph and the batches.
-        targets: the linears to replace, `aten.linear.default` nodes.
+        linears: the linears to replace, `aten.linear.default` nodes.
         flows: which flows are followed, "both", "dense" or "compressed"; with one, all statistics are that one's.
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
         drift: whether outputs are summed together with what differs between both flows in the values that they are
             added to (`Statistics.output_cross`).
+        room: where the values between segments may lie.
     """
 
     def __init__(
         self,
         captured: Captured,
-        targets: Sequence[Node],
+        linears: Sequence[Node],
         *,
         flows: Flow = "both",
         dense_gram: bool = False,
         drift: bool = False,
+        room: Room | None = None,
     ) -> None:
         self._dense_gram = dense_gram
-        self.gm: GraphModule = captured.graph
-        self.segments = plan(self.gm.graph, targets, drift=drift)
-        self.factors: dict[Node, PifaFactors | Tensor] = {}
-        self.peak_bytes = 0
+        self._weights = captured.weights
+        self.segments = plan(captured.graph.graph, linears, drift=drift)
+        self._replaced: dict[Node, Replacement] = {}  # of linears that are still to be computed
         self._masks = captured.masks
         self._constant: Values = {}
-        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        self._batches = [Flows(dict(zip(placeholders, values, strict=True))) for values in captured.inputs]
-        self._varies = _downstream(self.gm, placeholders)
-        self._diverges = _downstream(self.gm, targets) if flows == "both" else set()
+        placeholders = captured.graph.graph.find_nodes(op="placeholder")
+        self._store = ValueStore(room or Room())
+        self._batches = range(len(captured.inputs))
+        for batch in self._batches:
+            self._keep(batch, Flows(dict(zip(placeholders, captured.inputs[batch], strict=True))))
+        self._varies = _downstream(captured.graph, placeholders)
+        self._diverges = _downstream(captured.graph, linears) if flows == "both" else set()
         self._only_compressed = flows == "compressed"
         self._freed_after = _last_uses(self.segments)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that values between segments have taken of memory."""
+        return self._store.peak_bytes
 
     @torch.no_grad()
     def run(
         self,
-        solve: Callable[[Group, Statistics], Mapping[Node, PifaFactors | Tensor]],
+        solve: Callable[[Group, Statistics], Mapping[Node, Replacement]],
         progress: Progress | None = None,
+        *,
+        known: Callable[[Group], Mapping[Node, Replacement] | None] = lambda group: None,
     ) -> None:
         """Walks the graph; `solve` gives factors, or another weight, for the members of a group that are replaced.
 
+        Args:
+            solve: called once for every group, in the order of the graph.
+            progress: called after each group.
+            known: what an earlier walk's `solve` gave for a group, which is then neither summed nor solved again.
+
         Raises:
             CalibrationError: an input of a linear is not finite, or all its tokens are padding; names the weight.
+            OffloadError: values between segments cannot be written.
         """
         for index, segment in enumerate(self.segments):
             label = weight_name(segment.group.members[0])
-            layers = [weight_name(member).removesuffix(".weight") for member in segment.group.members]
-            sums = _Sums(self._dense_gram)
-            added = {  # where one of the addends, or the input, differs between the flows
-                member: addends
-                for member, addends in segment.addends.items()
-                if self._diverges.intersection((segment.group.source, *addends))
-            }
-            for batch, flows in enumerate(self._batches):
-                self._run_segment(segment, flows)
-                source = segment.group.source
-                dense, compressed = self._both(flows, source)
-                mask = self._masks.rows(source, batch, dense.shape[:-1], layers)
+            found = known(segment.group)
+            sums = self._compute(segment, summed=found is None)
+            for node in segment.nodes:
+                self._replaced.pop(node, None)
+            steps: list[Node | Group] = [*segment.nodes, segment.group]
+            for step in steps:
+                for node in self._freed_after.get(step, ()):
+                    self._constant.pop(node, None)
+            if found is None:
+                found = solve(segment.group, sums.finish(label))
+            self._replaced.update(found)
+            self._weights.give_back()
+            if progress is not None:
+                progress(index + 1, len(self.segments), label)
+        self._store.clear()
+
+    def _compute(self, segment: Segment, *, summed: bool) -> "_Sums":
+        """Computes a segment for all batches, and sums what its group is to be solved with unless that is known."""
+        layers = [weight_name(member).removesuffix(".weight") for member in segment.group.members]
+        sums, source = _Sums(self._dense_gram), segment.group.source
+        added = {  # where one of the addends, or the input, differs between the flows
+            member: addends
+            for member, addends in segment.addends.items()
+            if self._diverges.intersection((source, *addends))
+        }
+        for batch in self._batches:
+            flows = self._run_segment(segment, batch)
+            dense, compressed = self._both(flows, source)
+            mask = self._masks.rows(source, batch, dense.shape[:-1], layers)
+            if summed:
                 rows = tokens_as_rows(dense, mask)
                 inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
                 sums.add(rows, inputs, cross=len(added) < len(segment.group.members))
                 for member, addends in added.items():
                     sums.add_outputs(weight_name(member), self._wanted_output(member, addends, flows, mask), inputs)
-                self._free(segment.group, flows)
-            self._note_bytes()
-            steps: list[Node | Group] = [*segment.nodes, segment.group]
-            for step in steps:
-                for node in self._freed_after.get(step, ()):
-                    self._constant.pop(node, None)
-            self.factors.update(solve(segment.group, sums.finish(label)))
-            if progress is not None:
-                progress(index + 1, len(self.segments), label)
+            self._free(segment.group, flows)
+            self._keep(batch, flows)
+        return sums
 
-    def _run_segment(self, segment: Segment, flows: Flows) -> None:
+    def _keep(self, batch: int, flows: Flows) -> None:
+        for name in ("shared", "dense", "compressed"):
+            self._store.put((batch, name), getattr(flows, name))
+
+    def _run_segment(self, segment: Segment, batch: int) -> Flows:
+        flows = Flows(*(self._store.get((batch, name)) for name in ("shared", "dense", "compressed")))
         for node in segment.nodes:
             if node not in self._varies:
                 if node not in self._constant:
@@ -211,10 +252,11 @@ class Sweep:
                     flows.dense[node] = self._evaluate(node, flows.shared | flows.dense, compressed=False)
                 flows.compressed[node] = self._evaluate(node, flows.shared | flows.compressed, compressed=True)
             self._free(node, flows)
+        return flows
 
     def _evaluate(self, node: Node, values: Values, *, compressed: bool) -> Any:
-        if compressed and node in self.factors:
-            new, bias = self.factors[node], _bias(node)
+        if compressed and node in self._replaced:
+            new, bias = self._replaced[node], _bias(node)
             x, b = self._value(node.all_input_nodes[0], values), None if bias is None else self._value(bias, values)
             if isinstance(new, Tensor):
                 return nn.functional.linear(x, new, b)
@@ -223,7 +265,7 @@ class Sweep:
 
     def _value(self, node: Node, values: Values) -> Any:
         if node.op == "get_attr":
-            return constant(self.gm, node)
+            return self._weights.read(str(node.target))
         return values[node] if node in values else self._constant[node]
 
     def _both(self, flows: Flows, node: Node) -> tuple[Tensor, Tensor]:
@@ -249,16 +291,6 @@ class Sweep:
     def _free(self, step: Node | Group, flows: Flows) -> None:
         for node in self._freed_after.get(step, ()):
             flows.free(node)
-
-    def _note_bytes(self) -> None:
-        storages: dict[int, int] = {}
-        weights = {weight.untyped_storage().data_ptr() for weight in self.gm.parameters()}
-        for values in [self._constant, *(v for f in self._batches for v in (f.shared, f.dense, f.compressed))]:
-            for leaf in pytree.tree_leaves(list(values.values())):
-                if isinstance(leaf, Tensor):
-                    storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
-        held = sum(size for pointer, size in storages.items() if pointer not in weights)
-        self.peak_bytes = max(self.peak_bytes, held)
 
 
 class _Sums:

@@ -11,7 +11,10 @@ from pifa_compiler.graph.linears import weight_name
 from pifa_compiler.graph.predictions import Predictions, find_predictions
 from pifa_compiler.graph.run import cut_into_blocks
 from pifa_compiler.reconstruction import gradients as output_gradients
-from pifa_compiler.reconstruction.gradients import _ROWS, _logits_gradient, dense_statistics
+from pifa_compiler.reconstruction import value_store
+from pifa_compiler.reconstruction.gradients import _ROWS, _logits_gradient, dense_statistics, sum_dense
+from pifa_compiler.reconstruction.statistics import DenseStatistics
+from pifa_compiler.reconstruction.value_store import Room
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,15 +48,15 @@ def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "kept"),
-    [(False, 0), (False, 1 << 14), (False, 1 << 30), (True, 1 << 30)],
-    ids=["fp32", "fp32-some-blocks-kept", "fp32-all-kept", "bf16-units"],
+    ("bfloat16", "limit"),
+    [(False, None), (False, 0), (False, 1 << 14), (True, None)],
+    ids=["fp32", "fp32-in-files", "fp32-some-in-files", "bf16-units"],
 )
 @pytest.mark.parametrize("padded", [None, slice(9, None), slice(None, 3)], ids=["whole", "right", "left"])
-def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, kept, monkeypatch):
+def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, limit, tmp_path, monkeypatch):
     monkeypatch.setattr(output_gradients, "_signs", lambda count, generator: torch.ones(count))
     monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: bfloat16)
-    monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(value_store, "_SMALL", 64)
     model = tiny_llama(num_hidden_layers=4)
     calls = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
     if padded is not None:
@@ -62,7 +65,9 @@ def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, ke
         calls = [{**call, "attention_mask": mask} for call in calls]
     captured = capture(model, calls)
     predictions = find_predictions(captured)
-    found = dense_statistics(captured, linears_of(captured), predictions)
+    found = DenseStatistics()
+    sum_dense(captured, linears_of(captured), predictions, found.add, room=Room(limit, tmp_path))
+    assert list(tmp_path.iterdir()) == []  # what was written is gone with the walk
     grams, gradient_grams = by_autograd(model, calls)
     assert set(found.tokens.values()) == {3 * (21 if padded else 24)}
     assert {name.removesuffix(".weight") for name in found.gradient_gram} == set(gradient_grams) == set(grams)
@@ -96,9 +101,7 @@ def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_o
         assert torch.linalg.norm(same - mean) < 0.5 * torch.linalg.norm(mean)  # a mean over half of the tokens
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 30])
-def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch):
-    monkeypatch.setattr(output_gradients, "_KEPT_BYTES", kept)
+def test_blocks_are_computed_once_forward_and_once_to_go_back_and_a_stopped_walk_goes_on(monkeypatch):
     captured = capture(tiny_llama(num_hidden_layers=4), [torch.randint(0, 64, (1, 12)) for _ in range(2)])
     predictions, linears = find_predictions(captured), linears_of(captured)
     run, ran = output_gradients.run_block, []
@@ -108,7 +111,17 @@ def test_blocks_are_computed_again_only_where_they_do_not_fit(kept, monkeypatch)
     dense_statistics(captured, linears, predictions)
     blocks = len(set(map(id, ran)))
     assert blocks > 2
-    assert len(ran) == 2 * (blocks if kept else 2 * blocks - 1)  # of two batches; the last block is always kept
+    assert len(ran) == 2 * (2 * blocks - 1)  # of two batches; the last block's way there is the first step back
+    whole, stopped, done = DenseStatistics(), DenseStatistics(), []
+    sum_dense(captured, linears, predictions, whole.add, save=done.append)
+    assert [each.block for each in done] == list(reversed(range(blocks)))
+    again = done[blocks // 2]
+    ran.clear()
+    sum_dense(captured, linears, predictions, stopped.add, done=again)
+    assert len(ran) == 2 * (2 * again.block - 1)
+    assert 0 < len(stopped.gram) < len(whole.gram)
+    for name, gram in stopped.gradient_gram.items():
+        assert torch.equal(gram, whole.gradient_gram[name])
 
 
 def test_the_gradients_of_all_signs_have_fishers_matrix_in_the_mean_and_no_tie_between_tokens():

