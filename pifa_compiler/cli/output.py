@@ -37,7 +37,11 @@ def work(as_json: bool, place: "torch.device | None" = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Switches tqdm's bars off. Its environment variable comes too late: torch has imported it already."""
+    """Switches tqdm's bars off.
+
+    The libraries' own switches do not do it: transformers reads GGUF files under a bar that it has no switch for. tqdm's
+    environment variable comes too late, as torch has imported tqdm already.
+    """
     tqdm = importlib.import_module("tqdm").tqdm  # it has no type information
     usual = tqdm.__init__
     tqdm.__init__ = functools.partialmethod(usual, disable=True)
