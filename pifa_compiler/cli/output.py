@@ -39,8 +39,8 @@ def work(as_json: bool, place: "torch.device | None" = None) -> Iterator[None]:
 def _without_bars() -> Iterator[None]:
     """Switches tqdm's bars off.
 
-    The libraries' own switches do not do it: transformers reads GGUF files under a bar that it has no switch for. tqdm's
-    environment variable comes too late, as torch has imported tqdm already.
+    The libraries' own switches do not do it: transformers reads GGUF files under a bar that it has no switch for.
+    tqdm's environment variable comes too late, as torch has imported tqdm already.
     """
     tqdm = importlib.import_module("tqdm").tqdm  # it has no type information
     usual = tqdm.__init__
