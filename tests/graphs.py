@@ -1,5 +1,6 @@
 """Captures of small models, for the tests of passes."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from pifa_compiler.passes.weights import bind_inputs
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
+from pifa_compiler.report import Report
+
 Capture = Callable[[nn.Module, tuple[Any, ...]], GraphModule]
 
 
@@ -16,6 +19,19 @@ def low_rank(d_out: int, d_in: int, rank: int, dtype: torch.dtype = torch.float3
     """A random weight of this rank with entries of about 1 / sqrt(d_in)."""
     u, v = torch.randn(d_out, rank, dtype=torch.float64), torch.randn(rank, d_in, dtype=torch.float64)
     return (u @ v / (rank * d_in) ** 0.5).to(dtype)
+
+
+def with_nearest_weights(dense: nn.Module, report: Report) -> nn.Module:
+    """A copy of a dense model with the nearest weights (Eckart-Young) of the ranks that a report gives its layers.
+
+    What `compress` makes must be better than that on what it was calibrated on.
+    """
+    model = copy.deepcopy(dense)
+    for layer in report.factorized:
+        weight = model.get_submodule(layer.name).weight.data
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(left[:, : layer.rank] * singular[: layer.rank] @ right[: layer.rank])
+    return model
 
 
 def op_counts(gm: GraphModule) -> dict[Any, int]:

@@ -1,14 +1,12 @@
+import copy
+
 import pytest
 import torch
+from tiny_models import tiny_llama
+from torch.nn import functional as F
 
-from pifa_compiler.reconstruction.methods import (
-    METHODS,
-    MethodOptions,
-    damped_root,
-    gram_root,
-    solve_weighted,
-    truncate,
-)
+from pifa_compiler import CompressConfig, compress
+from pifa_compiler.reconstruction.methods import METHODS, MethodOptions, truncate
 from pifa_compiler.reconstruction.statistics import Statistics, relative_error
 
 
@@ -50,6 +48,43 @@ def test_every_method_beats_svd_on_held_out_tokens(name):
     assert name == "svd" or errors[name] < 0.9 * errors["svd"]
 
 
+def test_two_sided_beats_optimal_on_held_out_text():
+    """A small Llama that has learned a random chain of 64 words, at half of its numbers.
+
+    Seen with four chains: of the loss that `optimal` adds, `two-sided` adds 0.37 to 0.49 with ranks of its own, and
+    0.69 to 0.91 with the ranks that `optimal` has.
+    """
+    model = tiny_llama()
+    chain = torch.softmax(3 * torch.randn(64, 64), -1)
+
+    def windows(count: int) -> torch.Tensor:
+        words = torch.randint(0, 64, (count, 1))
+        for _ in range(31):
+            words = torch.cat((words, torch.multinomial(chain[words[:, -1]], 1)), 1)
+        return words
+
+    def loss(of: torch.nn.Module, words: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(of(words).logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(model, windows(16)).backward()
+        optimizer.step()
+    batches, held_out = [windows(4) for _ in range(8)], windows(64)
+
+    @torch.no_grad()
+    def added(method: str, allocator: str | None = None) -> float:
+        compressed = copy.deepcopy(model)
+        compress(compressed, batches, CompressConfig(method=method, allocator=allocator, rank_multiple=1))
+        return float(loss(compressed, held_out) - loss(model, held_out))
+
+    optimal = added("optimal")
+    assert optimal > 0.1
+    assert added("two-sided") < 0.7 * optimal
+    assert added("two-sided", "uniform") < optimal
+
+
 def test_optimal_is_the_minimiser_of_the_objective():
     weight, dense, compressed = problem()
     solve = METHODS["optimal"].prepare(statistics_of(dense, compressed), MethodOptions(mix=0.25, damping=0))
@@ -75,10 +110,10 @@ def test_a_drift_is_made_up_for_by_the_minimiser_of_the_objective_with_it(weight
     solve = METHODS["two-sided"].prepare(statistics_of(dense, compressed), settings)
     outputs = (dense @ weight.T + lack).T @ compressed
     if weighted:
-        found = solve_weighted(solve, weight, 8, root.T @ root, settings, outputs)
+        found = solve(weight, 8, output_cross=outputs, gradient_gram=root.T @ root)
     else:
         root = torch.eye(24, dtype=torch.float64)
-        found = solve(weight, 8, outputs)
+        found = solve(weight, 8, output_cross=outputs)
     # Reduced-rank regression of the weighted target, by samples.
     target = (0.75 * compressed @ weight.T + 0.25 * (dense @ weight.T + lack)) @ root.T
     full = torch.linalg.lstsq(compressed, target).solution
@@ -129,15 +164,6 @@ def test_optimal_pulls_towards_the_weight_where_nothing_was_seen():
     torch.testing.assert_close(found.u @ found.v, weight, rtol=1e-6, atol=1e-6)
 
 
-def test_gram_root_is_a_root_and_its_inverse():
-    matrix = torch.randn(30, 20, dtype=torch.float64)
-    gram = matrix.T @ matrix
-    root = gram_root(gram, 30)
-    torch.testing.assert_close(root.root @ root.root.T, gram)
-    torch.testing.assert_close(root.root @ root.inverse, torch.eye(20, dtype=torch.float64))
-    assert root.notes == ()
-
-
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
 def test_truncate_is_the_truncated_svd(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
@@ -162,8 +188,9 @@ def test_a_singular_gram_matrix_of_gradients_is_no_error_at_any_damping_that_is_
     weight = torch.randn(256, 32, dtype=torch.float64)
     inputs = torch.randn(300, 32, dtype=torch.float64)
     statistics = statistics_of(inputs, inputs)
-    solve = METHODS["optimal"].prepare(statistics, MethodOptions())
-    found = solve_weighted(solve, weight, 8, gram, MethodOptions(gradient_damping=1e-6))
+    found = METHODS["two-sided"].prepare(statistics, MethodOptions(gradient_damping=1e-6))(
+        weight, 8, gradient_gram=gram
+    )
     error = (found.u @ found.v - weight).square()
     assert torch.isfinite(error).all()
     assert any("not positive definite at damping 1e-06" in note for note in found.notes)
@@ -171,15 +198,7 @@ def test_a_singular_gram_matrix_of_gradients_is_no_error_at_any_damping_that_is_
     basis = torch.linalg.qr(directions.double()).Q
     felt = (basis.T @ (found.u @ found.v - weight)).norm() / (basis.T @ weight).norm()
     assert felt < 0.01
-    exact = solve_weighted(solve, weight, 8, directions @ directions.T, MethodOptions(gradient_damping=1e-2))
+    exact = METHODS["two-sided"].prepare(statistics, MethodOptions(gradient_damping=1e-2))(
+        weight, 8, gradient_gram=directions @ directions.T
+    )
     assert exact.notes == ()
-
-
-def test_the_clamped_root_is_the_root_of_what_is_positive():
-    vectors = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    values = torch.tensor([3.0, 1.0, 0.5, 0.0, -1e-4, -1e-3], dtype=torch.float64)
-    found = damped_root(vectors * values @ vectors.T, 1e-6)
-    wanted = vectors * (values.clamp(min=0) + 1e-6) @ vectors.T
-    torch.testing.assert_close(found.root @ found.root.T, wanted, rtol=0, atol=1e-12)
-    eye = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(found.inverse @ found.root, eye, rtol=0, atol=1e-9)  # condition number 2e3, float64
