@@ -94,9 +94,10 @@ def quality_rows() -> str:
             density = "" if row["density_asked"] is None else str(row["density_asked"])
             cost = [f"{row['seconds']:.0f}", f"{row['shared_seconds']:.0f}"] if row["method"] != "dense" else ["", ""]
             where = "CPU" if row["device"] == "cpu" else row["device"]
-            recorded = row["recorded"]
+            origin = row["provenance"]
+            commit = origin.get("recorded_by", origin.get("commit"))
             lines.append([
-                _text(setting["calibration"]), f"`{row['method']}`", where, recorded["commit"], recorded["date"],
+                _text(setting["calibration"]), f"`{row['method']}`", where, commit, origin["date"],
                 density, f"{row['stored']:.4f}", str(row["threads"]), *cost,
             ])  # fmt: skip
     header = [
@@ -107,7 +108,7 @@ def quality_rows() -> str:
 
 def quality_data() -> str:
     """The files that `compare` was given."""
-    hashes = _json("provenance.json")["sha256"]
+    hashes = {**_json("compare.json")["sha256"], **_json("compare_pydoc.json")["sha256"]}
     return table(["file", "SHA-256"], [[f"`{name}`", f"`{found}`"] for name, found in hashes.items()])
 
 
@@ -229,15 +230,13 @@ _SHAPES = {"llama-16x2048": "16 layers of Llama's shape, hidden 2048, MLP 8192"}
 
 
 def _compared(file: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Setting and rows of a file that `pifa compare` keeps, each row with the commit that it is recorded by."""
+    """Setting and rows of a file that `pifa compare` keeps."""
     found = _json(file)
-    recorded = {(row["method"], row["density_asked"]): row["recorded"] for row in _json("provenance.json")[file]}
-    rows = [{**row, "recorded": recorded[row["method"], row["density_asked"]]} for row in found["rows"]]
-    return found["setting"], rows
+    return found["setting"], found["rows"]
 
 
 def _of(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    dates = sorted({row["recorded"]["date"].split()[0] for row in rows})
+    dates = sorted({row["provenance"]["date"].split()[0] for row in rows})
     devices = sorted({"CPU" if row["device"] == "cpu" else row["device"] for row in rows})
     return (
         f"{setting['model']} in {setting['dtype']}, calibrated on {setting['samples']} windows of {setting['seqlen']} "

@@ -6,7 +6,6 @@ may be taken in bfloat16, and no method shall suffer from another's precision.
 """
 
 import copy
-import json
 import math
 import os
 import time
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ..compress import compress, measure
 from ..device import device_name
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..graph.capture import capture
 from ..graph.linears import read_weight, weight_name
 from ..hf.perplexity import perplexity
@@ -32,13 +31,14 @@ from ..reconstruction.pruning import PRUNERS, STORED
 from ..reconstruction.selection import find_linears
 from ..reconstruction.statistics import DenseStatistics, Statistics
 from ..reconstruction.sweep import Group, Progress, Sweep
+from .rows import JsonRows, provenance
 
 BASELINES = ("svd", "asvd", "svd-llm", "mpifa", "mpifa+owl", "optimal", "two-sided", "wanda-2:4", "sparsegpt-2:4")
 """What `pifa compare` runs unless asked otherwise, beside the dense model."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Setting:
     """What all rows share; a file of rows belongs to one setting.
 
     Attributes:
@@ -75,6 +75,7 @@ class Row:
         shared_seconds: what those took, once for all rows; 0 where the row needs none.
         threads: of PyTorch, while these seconds were taken.
         device: they were taken on, as its maker calls it; "cpu" for the CPU.
+        provenance: date, machine, versions and commit, as `bench.rows.provenance` gives them.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Row:
     shared_seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
     device: str = "cpu"
+    provenance: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, float | None]:
@@ -107,51 +109,22 @@ def check_methods(names: Sequence[str]) -> None:
             raise ConfigError(f"unknown allocator {allocator!r} in {name!r}; known are {', '.join(ALLOCATORS)}")
 
 
-class RowFile:
-    """Rows of one setting in a JSON file, written whole after each row.
+class CompareRows(JsonRows[Row]):
+    """The file that `compare` keeps its rows in."""
 
-    Raises:
-        ConfigError: the file holds rows of another setting.
-        CheckpointError: the file is no such file.
-    """
-
-    def __init__(self, path: Path, setting: Comparison) -> None:
-        self.path, self.setting = path, setting
-        self.rows: list[Row] = []
-        if not path.exists():
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(**row) for row in found["rows"]]
-            known = {**found["setting"], "tests": tuple(found["setting"]["tests"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} holds no rows of `pifa compare` ({error}); give another file") from error
-        wanted = asdict(setting)
-        other = [
-            f"{name} {known.get(name)!r}, not {value!r}" for name, value in wanted.items() if known.get(name) != value
-        ]
-        if other:
-            raise ConfigError(f"{path} was made with {'; '.join(other)}; give another file")
-        self.rows = rows
+    def __init__(self, path: Path, setting: Setting) -> None:
+        super().__init__(path, setting, Row)
 
     def has(self, key: tuple[str, float | None]) -> bool:
         """Whether a row is there already."""
         return any(row.key == key for row in self.rows)
-
-    def append(self, row: Row) -> None:
-        """Adds a row and writes the file anew."""
-        self.rows.append(row)
-        text = json.dumps({"setting": asdict(self.setting), "rows": [asdict(each) for each in self.rows]}, indent=1)
-        draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.path)
 
 
 def compare(
     model: nn.Module,
     batches: Sequence[Tensor],
     tests: Mapping[str, Sequence[Tensor]],
-    file: RowFile,
+    file: CompareRows,
     densities: Sequence[float],
     methods: Sequence[str],
     progress: Progress | None = None,
@@ -211,7 +184,7 @@ class _Shared:
 def _row(
     shared: _Shared,
     tests: Mapping[str, Sequence[Tensor]],
-    setting: Comparison,
+    setting: Setting,
     name: str,
     density: float | None,
     progress: Progress,
@@ -236,7 +209,7 @@ def _row(
     found = {text: perplexity(model, windows).perplexity for text, windows in tests.items()}
     finite = {text: value if math.isfinite(value) else None for text, value in found.items()}
     at = device_name(next(model.parameters()).device)
-    return Row(name, density, stored, finite, seconds, shared_seconds, device=at)
+    return Row(name, density, stored, finite, seconds, shared_seconds, device=at, provenance=provenance())
 
 
 def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Progress | None = None) -> None:
@@ -290,6 +263,6 @@ def _curves(rows: Sequence[Row], text: str) -> Iterator[tuple[str, list[tuple[fl
             yield method, points
 
 
-def to_dict(setting: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
+def to_dict(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
     """Plain values for JSON."""
     return {"setting": asdict(setting), "rows": [asdict(row) for row in rows]}

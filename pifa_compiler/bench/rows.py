@@ -1,6 +1,11 @@
-"""Rows of benchmarks in CSV files, with what they need to be judged later."""
+"""Files that rows of benchmarks are kept in, with what each row needs to be judged later.
+
+`CsvRows` appends rows of numbers to a CSV file. `JsonRows` keeps the rows of one setting; a stopped run goes on from
+them.
+"""
 
 import csv
+import json
 import os
 import platform
 import subprocess
@@ -8,11 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..errors import BenchError
+from ..errors import BenchError, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def _commit() -> str:
     return told.stdout.strip()
 
 
-class RowFile:
+class CsvRows:
     """A CSV file that rows are appended to; its header is written with the first row, and has to fit later ones."""
 
     def __init__(self, path: Path, row_type: type[BenchRow]) -> None:
@@ -93,3 +98,55 @@ class RowFile:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({**self._provenance, **row.to_dict()})
+
+
+RowType = TypeVar("RowType")
+
+
+class JsonRows(Generic[RowType]):
+    """Rows of one setting in a JSON file, written whole after each row; what else the file holds stays in it.
+
+    Attributes:
+        setting: what all rows share, a dataclass.
+        rows: those in the file, instances of the row type.
+    """
+
+    def __init__(self, path: Path, setting: Any, row_type: type[RowType]) -> None:
+        """Reads the file, if it is there.
+
+        Raises:
+            ConfigError: it holds rows of another setting.
+            CheckpointError: it is no such file.
+        """
+        self.setting, self.rows = setting, list[RowType]()
+        self._path = path
+        self._beside: dict[str, Any] = {}
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows = [row_type(**row) for row in found.pop("rows")]
+            known = type(setting)(**found.pop("setting"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} holds no rows of `pifa compare` ({error}); give another file") from error
+        wanted, made_with = _plain(setting), _plain(known)
+        other = [
+            f"{name} {made_with[name]!r}, not {wanted[name]!r}" for name in wanted if made_with[name] != wanted[name]
+        ]
+        if other:
+            raise ConfigError(f"{path} was made with {'; '.join(other)}; give another file")
+        self.rows, self._beside = rows, found
+
+    def append(self, row: RowType) -> None:
+        """Adds a row and writes the file anew."""
+        self.rows.append(row)
+        content = {**self._beside, "setting": _plain(self.setting), "rows": [_plain(each) for each in self.rows]}
+        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft.replace(self._path)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(value)))
+    return plain

@@ -41,7 +41,7 @@ def layer_verb(
 ) -> None:
     """Measure square linear layers at rank d / 2."""
     from ..bench.layer import LayerRow, layer_rows
-    from ..bench.rows import RowFile, provenance
+    from ..bench.rows import CsvRows, provenance
 
     sizes = _numbers("--dims", dims or ["1024,2048,4096"], least=2)
     counts = _numbers("--tokens", tokens or ["1,8,128,1024"], least=1)
@@ -49,7 +49,7 @@ def layer_verb(
     check_plot(plot)
     rows = []
     with work(as_json):
-        file = None if csv is None else RowFile(csv, LayerRow)
+        file = None if csv is None else CsvRows(csv, LayerRow)
         with progress("layers", as_json) as tell:
             for row in layer_rows(sizes, counts, dtypes, seconds=seconds, threads=threads, progress=tell):
                 rows.append(row)
@@ -88,7 +88,7 @@ def model_verb(
 ) -> None:
     """Measure a language model's prefill and decoding, batch 1."""
     from ..bench.model import ModelPlan, ModelRow, model_rows
-    from ..bench.rows import RowFile, provenance
+    from ..bench.rows import CsvRows, provenance
 
     if not 0 < density <= 1:
         raise typer.BadParameter(f"--density must lie in (0, 1], got {density}")
@@ -98,7 +98,7 @@ def model_verb(
     )
     rows = []
     with work(as_json):
-        file = None if csv is None else RowFile(csv, ModelRow)
+        file = None if csv is None else CsvRows(csv, ModelRow)
         with progress("model", as_json) as tell:
             for row in model_rows(source, plan, tell):
                 rows.append(row)
@@ -123,14 +123,14 @@ def onnx_verb(
 ) -> None:
     """Measure square linear layers at rank d / 2 as ONNX files in onnxruntime, float32."""
     from ..bench.onnx import OnnxRow, onnx_rows
-    from ..bench.rows import RowFile, provenance
+    from ..bench.rows import CsvRows, provenance
 
     sizes = _numbers("--dims", dims or ["2048"], least=2)
     counts = _numbers("--tokens", tokens or ["1,16,128,512"], least=1)
     thread_counts = _numbers("--threads", threads or ["1,2"], least=1)
     rows = []
     with work(as_json):
-        file = None if csv is None else RowFile(csv, OnnxRow)
+        file = None if csv is None else CsvRows(csv, OnnxRow)
         with progress("files", as_json) as tell:
             for row in onnx_rows(sizes, counts, thread_counts, seconds=seconds, progress=tell):
                 rows.append(row)

@@ -52,7 +52,7 @@ def compare_verb(
 
     The dense model comes first. What 2:4 pruning stores is counted in bytes of half precision: 0.5625 of the dense.
     """
-    from ..bench.compare import BASELINES, Comparison, RowFile, check_methods, compare, draw, to_dict
+    from ..bench.compare import BASELINES, CompareRows, Setting, check_methods, compare, draw, to_dict
 
     names = list(BASELINES) if methods is None else _split(methods)
     numbers = [_density(part) for part in _split(densities)]
@@ -65,13 +65,13 @@ def compare_verb(
     tests = tuple(dict.fromkeys(test or [data]))
     if data in tests and Path(data).is_file():
         raise typer.BadParameter(f"{data} is calibrated on; measure on another text: --test TEXT")
-    setting = Comparison(name, data, tests, samples, seqlen, seed, windows, rank_multiple)
+    setting = Setting(name, data, tests, samples, seqlen, seed, windows, rank_multiple)
     place = device_of(device)
     with work(as_json, place):
         from ..hf.loading import load_model, load_tokenizer
         from ..hf.text import calibration_batches, evaluation_batches, read_text
 
-        file = RowFile(output, setting)
+        file = CompareRows(output, setting)
         for text in tests:
             read_text(text, "evaluation")
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)

@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 import pifa_compiler as pc
 from pifa_compiler import cli
-from pifa_compiler.bench import compare
-from pifa_compiler.bench.compare import Comparison, Row, RowFile
+from pifa_compiler.bench import compare, rows
+from pifa_compiler.bench.compare import CompareRows, Row, Setting
 from pifa_compiler.errors import CheckpointError, ConfigError
 from pifa_compiler.hf.perplexity import perplexity
 
-SETTING = Comparison("tiny", "words", ("a", "b"), samples=4, seqlen=32, windows=2, rank_multiple=1)
+SETTING = Setting("tiny", "words", ("a", "b"), samples=4, seqlen=32, windows=2, rank_multiple=1)
 
 
 def windows(count: int) -> list[torch.Tensor]:
@@ -27,7 +27,7 @@ def texts() -> dict[str, list[torch.Tensor]]:
 
 def run(path: Path, texts, methods, densities=(0.6,), batches=None) -> list[Row]:
     torch.manual_seed(5)
-    file = RowFile(path, SETTING)
+    file = CompareRows(path, SETTING)
     return compare.compare(tiny_llama(), batches or windows(4), texts, file, list(densities), methods)
 
 
@@ -79,13 +79,26 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, texts, monkeypatc
 
 
 def test_rows_of_another_setting_are_refused(tmp_path):
-    RowFile(tmp_path / "rows.json", SETTING).append(Row("dense", None, 1.0, {"a": 3.0, "b": None}))
-    assert RowFile(tmp_path / "rows.json", SETTING).rows == [Row("dense", None, 1.0, {"a": 3.0, "b": None})]
+    CompareRows(tmp_path / "rows.json", SETTING).append(Row("dense", None, 1.0, {"a": 3.0, "b": None}))
+    assert CompareRows(tmp_path / "rows.json", SETTING).rows == [Row("dense", None, 1.0, {"a": 3.0, "b": None})]
     with pytest.raises(ConfigError, match="made with samples 4, not 5"):
-        RowFile(tmp_path / "rows.json", Comparison(**{**vars(SETTING), "samples": 5}))
+        CompareRows(tmp_path / "rows.json", Setting(**{**vars(SETTING), "samples": 5}))
     (tmp_path / "other.json").write_text('{"rows": [3]}')
     with pytest.raises(CheckpointError, match="holds no rows"):
-        RowFile(tmp_path / "other.json", SETTING)
+        CompareRows(tmp_path / "other.json", SETTING)
+
+
+def test_every_row_says_what_made_it_and_what_else_is_in_the_file_stays(tmp_path, texts):
+    path = tmp_path / "rows.json"
+    run(path, texts, [])
+    path.write_text(json.dumps({"about": "a note", **json.loads(path.read_text())}))
+    run(path, texts, ["wanda-2:4"])
+    found = json.loads(path.read_text())
+    assert found["about"] == "a note"
+    assert [row["method"] for row in found["rows"]] == ["dense", "wanda-2:4"]
+    for row in found["rows"]:
+        assert row["provenance"].keys() == rows.provenance().keys()
+        assert row["provenance"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(("name", "words"), [("magic", "unknown method 'magic'"), ("svd+magic", "unknown allocator")])
