@@ -29,6 +29,12 @@
 
 namespace {
 
+// What is written for AVX512 needs both: vectors of that width, and a processor that has it. A process may be told to use
+// narrower ones (ATEN_CPU_CAPABILITY).
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512F__)
+#define PIFA_AVX512 1
+#endif
+
 using at::Tensor;
 using Floats = at::vec::Vectorized<float>;
 
@@ -56,7 +62,7 @@ inline float sum(Floats values) {
 // result[i] = the sum of the lanes of sums[i]
 template <int Count>
 inline void sum_each(const Floats* sums, float* result) {
-#if defined(__AVX512F__)
+#if defined(PIFA_AVX512)
   // 16 sums together: four rounds, each adding up neighbours and halving the number of vectors.
   if constexpr (Count == 16) {
     __m512 lanes[16];
@@ -98,7 +104,7 @@ inline void dot_products(const T* weight, const float* x, int64_t width, float* 
       for (int i = 0; i < Rows; i++) result[t * Rows + i] += float(weight[i * width + k]) * x[t * width + k];
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(PIFA_AVX512) && defined(__AVX512BF16__)
 #define PIFA_BF16_UNITS 1
 
 // Numbers as bfloat16; Split: as a sum of two, which keeps 16 bits of each.
@@ -327,7 +333,7 @@ inline void gather_rest(const T* stored, T* out, int64_t begin, int64_t end, con
   for (int64_t j = begin; j < end; j++) out[j] = stored[order.gather[j]];
 }
 
-#if defined(__AVX512F__) && defined(__AVX512VBMI2__)
+#if defined(PIFA_AVX512) && defined(__AVX512VBMI2__)
 // The number of leading outputs that were written: a multiple of 32.
 template <typename T>
 inline int64_t merge(const T* stored, T* out, int64_t rank, int64_t d_out, const RowOrder& order) {
@@ -465,7 +471,7 @@ std::vector<Tensor> linear_siblings_cpu(const Tensor& x, at::TensorList w_pivots
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pifa, CPU, library) {
+TORCH_LIBRARY_IMPL(PIFA_NAMESPACE, CPU, library) {
   library.impl("linear_cpu", &linear_cpu);
   library.impl("linear_siblings_cpu", &linear_siblings_cpu);
 }

@@ -8,10 +8,12 @@ plain subgraph Inductor copies y_p into the joint buffer and undoes the row orde
 """
 
 import functools
+import hashlib
 import logging
-import shutil
+import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,14 +22,22 @@ from ..cache import folder_for
 from . import linear as _defines_the_library  # noqa: F401
 from .form import Case, Form
 
+if TYPE_CHECKING:
+    from torch._inductor.cpu_vec_isa import VecISA
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("linear_cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SCHEMAS = (
+    "linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order) -> Tensor",
+    "linear_siblings_cpu(Tensor x, Tensor[] w_pivots, Tensor[] coeffs, Tensor?[] orders) -> Tensor[]",
+)
+
 _LIBRARY = torch.library.Library("pifa", "FRAGMENT")
-_LIBRARY.define("linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order) -> Tensor")
-_LIBRARY.define("linear_siblings_cpu(Tensor x, Tensor[] w_pivots, Tensor[] coeffs, Tensor?[] orders) -> Tensor[]")
+for _schema in SCHEMAS:
+    _LIBRARY.define(_schema)
 
 
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None) -> Tensor:
@@ -44,37 +54,62 @@ torch.library.register_fake("pifa::linear_siblings_cpu", _shapes, lib=_LIBRARY)
 
 @functools.cache
 def load() -> str | None:
-    """Builds the native code unless that was done before, and loads it.
-
-    It is compiled by the C++ compiler that Inductor would use, for this machine's vector units, and kept in a folder
-    whose name says what it was built from: source, compiler command and version of torch.
+    """Loads the native code for this machine's vector units, built unless that was done before.
 
     Returns:
         None, or why it cannot be had (no compiler, say): `pifa::linear` is then run as the plain subgraph.
     """
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
-        options = CppTorchOptions(vec_isa=pick_vec_isa())
-        builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir="")
-        # The command says -march=native: a home that several machines share needs a library for each kind of them.
-        machine = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
-        key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
-        folder = folder_for(key)
-        library = folder / Path(builder.get_target_file_path()).name
-        if not library.exists():
-            log.info("building %s once for this machine; takes some 20 seconds", library)
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as partial:
-                builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir=partial)
-                builder.build()
-                shutil.move(builder.get_target_file_path(), library)
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(build(pick_vec_isa())))
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         return f"native code could not be built: {error}".splitlines()[0]
     return None
+
+
+def build(vec_isa: "VecISA", namespace: str = "pifa") -> Path:
+    """The native code as a library, built unless that was done before.
+
+    It is compiled by the C++ compiler that Inductor would use, and kept in a folder whose name says what it was built
+    from: source, compiler command, machine and version of torch. Any number of processes may build it at once.
+
+    Args:
+        vec_isa: the vector units to build for, as `torch._inductor.cpu_vec_isa` has them.
+        namespace: where `SCHEMAS` are defined that the library implements.
+
+    Raises:
+        CppCompileError, InvalidCxxCompiler: of torch: there is no compiler, or it fails.
+        CacheError: there is no place to keep it.
+        OSError: it cannot be kept there.
+    """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    options = CppTorchOptions(vec_isa=vec_isa, extra_flags=(f"-DPIFA_NAMESPACE={namespace}",))
+    builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir="")
+    # The command says -march=native: a home that several machines share needs a library for each kind of them.
+    machine = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+    key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
+    folder = folder_for(key)
+    # A library that a full disk or a crash cut short may take down the process that loads it.
+    kept = next((file for file in folder.glob("linear_cpu-*") if file.stem == _name(file)), None)
+    if kept is not None:
+        return kept
+    log.info("building %s in %s once for this machine; takes some 20 seconds", SOURCE.name, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir=partial)
+        builder.build()
+        built = Path(builder.get_target_file_path())
+        library = folder / f"{_name(built)}{built.suffix}"
+        os.replace(built, library)
+    return library
+
+
+def _name(library: Path) -> str:
+    """What it is called in the cache: says whether its bytes are those that were built."""
+    return f"linear_cpu-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}"
 
 
 def _reason_against(case: Case) -> str | None:

@@ -1,11 +1,23 @@
+import ctypes
+import functools
+import itertools
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pifa_compiler.kernels import linear_cpu, linear_ref
 from torch import Tensor
+from torch._inductor.cpp_builder import CppBuilder
+from torch._inductor.cpu_vec_isa import VecISA, invalid_vec_isa, pick_vec_isa, valid_vec_isa_list
+
+from pifa_compiler.errors import CacheError
 
 pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear_cpu.load()))
 
@@ -49,31 +61,64 @@ def inside_nan(values: Tensor) -> Tensor:
     return storage[128 : 128 + values.numel()].view(values.shape)
 
 
+NARROWER = {isa.bit_width(): isa for isa in valid_vec_isa_list() if isa.bit_width() < pick_vec_isa().bit_width()}
+
+
+@functools.cache
+def built_for(isa: VecISA) -> Any:
+    """The operators built for narrower vectors than the machine's, in a namespace of their own."""
+    namespace = f"pifa_{isa.bit_width()}"
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for schema in linear_cpu.SCHEMAS:
+        library.define(schema)
+    torch.ops.load_library(str(linear_cpu.build(isa, namespace)))
+    return library, getattr(torch.ops, namespace)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(None, id="widest vectors"),
+        *(pytest.param(isa, id=f"{width} bits") for width, isa in NARROWER.items()),
+        pytest.param(invalid_vec_isa, id="no vectors", marks=pytest.mark.slow),
+    ]
+)
+def operators(request: pytest.FixtureRequest) -> Any:
+    """The namespace of operators that are built for vectors of every width that the machine has."""
+    return torch.ops.pifa if request.param is None else built_for(request.param)[1]
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 16, 17, 50])
 @pytest.mark.parametrize(
     ("d_in", "d_out", "rank"), [(64, 128, 32), (33, 65, 17), (100, 70, 70), (31, 96, 1), (5, 7, 3)]
 )
-@pytest.mark.parametrize("kind", ["stored", "merge", "any"])
-def test_values_against_float64(kind: str, d_in: int, d_out: int, rank: int, tokens: int, dtype: torch.dtype):
-    torch.manual_seed(0)
-    order = {"stored": None, "merge": merge_order(d_out, rank), "any": torch.randperm(d_out)}[kind]
+def test_values_against_float64(operators: Any, d_in: int, d_out: int, rank: int, dtype: torch.dtype):
+    orders = (None, merge_order(d_out, rank), torch.randperm(d_out))
     w_pivot, coeff = operands(d_in, d_out, rank, dtype)
-    x = torch.randn(tokens, d_in).to(dtype)
-    y = native(inside_nan(x), inside_nan(w_pivot), inside_nan(coeff), order)
-    assert y.dtype is dtype
-    wanted = linear_ref(x.double(), w_pivot.double(), coeff.double(), order)
-    assert ((y - wanted).abs() <= largest_error(x, w_pivot, coeff, order)).all()
+    for order, tokens in itertools.product(orders, (1, 2, 3, 4, 7, 8, 9, 16, 17, 50)):
+        x = torch.randn(tokens, d_in).to(dtype)
+        y = operators.linear_cpu(inside_nan(x), inside_nan(w_pivot), inside_nan(coeff), order)
+        assert y.dtype is dtype
+        wanted = linear_ref(x.double(), w_pivot.double(), coeff.double(), order)
+        assert ((y - wanted).abs() <= largest_error(x, w_pivot, coeff, order)).all(), tokens
 
 
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 6, 40, 300], ids=["one", "few", "apart", "joined"])
-def test_siblings_against_float64(tokens: int, dtype: torch.dtype):
-    torch.manual_seed(0)
+def test_siblings_against_float64(operators: Any, tokens: int, dtype: torch.dtype):
     x = torch.randn(tokens, 33).to(dtype)
     weights = [operands(33, d_out, rank, dtype) for d_out, rank in ((65, 17), (31, 9), (20, 20))]
     orders = [merge_order(65, 17), None, torch.randperm(20)]
-    results = torch.ops.pifa.linear_siblings_cpu(
+    results = operators.linear_siblings_cpu(
         inside_nan(x), [inside_nan(w) for w, _ in weights], [inside_nan(coeff) for _, coeff in weights], orders
     )
     for y, (w_pivot, coeff), order in zip(results, weights, orders, strict=True):
@@ -148,3 +193,51 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path):
     )  # fmt: skip
     assert run.stdout.startswith("native code could not be built")
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def _small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds take a moment and go to an empty cache."""
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(linear_cpu, "SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def answer(library: Path) -> int:
+    return ctypes.CDLL(str(library)).answer()
+
+
+@pytest.mark.usefixtures("_small_source")
+@pytest.mark.parametrize("left", [0, 5000], ids=["empty", "cut short"])
+def test_a_damaged_library_is_built_again(left: int):
+    library = linear_cpu.build(pick_vec_isa())
+    assert linear_cpu.build(pick_vec_isa()) == library
+    os.truncate(library, left)
+    again = linear_cpu.build(pick_vec_isa())
+    assert answer(again) == 42
+    assert linear_cpu.build(pick_vec_isa()) == again
+
+
+@pytest.mark.usefixtures("_small_source")
+def test_several_may_build_at_once(monkeypatch: pytest.MonkeyPatch):
+    everyone, build = threading.Barrier(3, timeout=60), CppBuilder.build
+
+    def build_at_once(self: CppBuilder) -> None:
+        everyone.wait()
+        build(self)
+        everyone.wait()
+
+    monkeypatch.setattr(CppBuilder, "build", build_at_once)
+    with ThreadPoolExecutor(3) as pool:
+        built = list(pool.map(linear_cpu.build, [pick_vec_isa()] * 3))
+    assert [answer(library) for library in built] == [42] * 3
+    assert linear_cpu.build(pick_vec_isa()) in built  # which does not wait: it finds one
+
+
+def test_a_user_without_a_home_is_told_the_reason(monkeypatch: pytest.MonkeyPatch):
+    def no_home(key: str) -> Path:
+        raise CacheError("there is no place for a cache")
+
+    monkeypatch.setattr(linear_cpu, "folder_for", no_home)
+    assert linear_cpu.load.__wrapped__() == "native code could not be built: there is no place for a cache"
