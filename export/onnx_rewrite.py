@@ -134,7 +134,7 @@ class _Product:
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out) of W, from what the file says of it: no data is read."""
-        rows, columns = (int(size) for size in self.weight.const_value.shape)  # type: ignore[union-attr]
+        rows, columns = self.weight.const_value.shape.numpy()  # type: ignore[union-attr]
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
