@@ -36,12 +36,12 @@ class CausalLm(nn.Module):
 
     @property
     def input_names(self) -> list[str]:
-        """One name a tensor, in the order of `forward`."""
+        """One name for each tensor, in the order of `forward`."""
         return ["input_ids", "attention_mask"]
 
     @property
     def output_names(self) -> list[str]:
-        """One name a result."""
+        """One name for each result."""
         return ["logits"]
 
     def example(self) -> tuple[Any, ...]:

@@ -60,7 +60,7 @@ def _compiler() -> list[str] | None:
 
 
 def _processor() -> str:
-    """What the code is built for: a cache may be shared by machines that differ in their vector units."""
+    """What the code is built for: machines that differ in their vector units may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -265,7 +265,7 @@ def _save(model: "ir.Model", path: Path, external_data: bool) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps away what PyTorch's exporter says about its own parts."""
+    """Silences what PyTorch's exporter says about its own parts."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs

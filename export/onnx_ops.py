@@ -31,7 +31,7 @@ _SIGNATURES = {
 
 
 def register_schemas() -> None:
-    """Tells the onnx package of the operators; the exporter of PyTorch demands it of every operator it emits."""
+    """Registers the operators with the onnx package, as PyTorch's exporter demands of every operator that it emits."""
     from onnx import defs
 
     floats = ["tensor(float)", "tensor(float16)", "tensor(double)"]

@@ -92,7 +92,7 @@ def session(
 
 
 def _check_one_runtime() -> None:
-    """Refuses onnxruntime and onnxruntime-gpu side by side: they own one folder, and the later one broke the earlier.
+    """Refuses onnxruntime and onnxruntime-gpu side by side: they share a folder, where the later overwrites the earlier.
 
     Raises:
         ExportError: both are installed.

@@ -55,7 +55,7 @@ def linear(
 def linear_ref(
     x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """What `linear` computes, by the textbook: the dense weight is put together row by row and multiplied once."""
+    """What `linear` computes, as in a textbook: the dense weight is put together and multiplied once."""
     rows = torch.cat((w_pivot, coeff @ w_pivot))
     weight = rows if order is None else rows[order]
     y = x @ weight.T

@@ -5,7 +5,8 @@
 The result is in *stored* order: undoing it, and a bias, are left to whatever elementwise code follows. Unlike in the
 plain subgraph nothing is concatenated: a GEMM writes rows with a stride at no cost.
 
-For several tokens it is as fast as our best Triton tile on the GPU that timed both, or faster (`docs/speed.md`).
+For several tokens it is as fast as our best Triton tile, or faster, on the GPU on which both were timed
+(`docs/speed.md`).
 
 float16, bfloat16 and float32 on any device; no gradients.
 """

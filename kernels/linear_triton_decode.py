@@ -1,17 +1,17 @@
-"""Decode: `pifa::linear` over 1 to 16 tokens, which is as fast as the weights can be read.
+"""Decode: `pifa::linear` over 1 to 16 tokens, whose time is that of reading the weights.
 
     x ------- w_pivot ---> y_p [tokens, r], float32 ------- coeff ---> y [tokens, out]
     order --- inverted --> scatter [out]            \\__ copied into __/
 
-Two launches, each of which streams one weight once. What else there is to do, programs of the same launch do meanwhile:
-in the first they invert `order`, in the second they put y_p in place.
+There are two launches, each of which streams one weight once. Further programs of the same launches do the rest
+meanwhile: in the first they invert `order`, in the second they put y_p in place.
 
 One token is a GEMV without tensor cores: a program keeps a tile of products in registers and adds them up along the
 threads at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core instruction. y_p stays float32; where
 `coeff` is narrower, tensor cores take y_p as the sum of two numbers of that dtype, which have twice its digits.
 
 Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are
-added up in a fixed order by a launch of their own, not by atomics: the result is the same from run to run.
+added up in a fixed order by a launch of their own, without atomics: the result is the same in every run.
 """
 
 from functools import cache

@@ -8,8 +8,8 @@ traces through it to the kernels and plans their buffers with everything else. I
 subgraph. Decode inverts the row order in every call, beside the first product, so that no derived index exists
 that could go stale.
 
-An H200 has timed the tiles (`benchmarks/results/gpu_tiles.csv`) and an earlier form of the whole (`gpu.md` beside it);
-what the compilers make of every tile, on chips that were not there, is in `kernels.md`.
+The tiles were timed on an H200 (`benchmarks/results/gpu_tiles.csv`), and so was an earlier version of the whole
+(`gpu.md` beside it). What the compilers make of every tile for chips that were not at hand is in `kernels.md`.
 """
 
 from typing import Any
@@ -32,8 +32,8 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
 
     With `torch._inductor.config.max_autotune` all tiles are timed for every weight shape and bucket of tokens (1, 16,
     128, 1024, more); without it the tile is fixed, by the rows of the weight in decode and the bucket in prefill.
-    float32 runs on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD; it is
-    IEEE else.
+    float32 runs on tensor cores as TF32 where `torch.backends.cuda.matmul.fp32_precision` says so, never on AMD;
+    otherwise it is IEEE.
 
     Args:
         x: [..., in], float16, bfloat16 or float32; copied unless its last stride is 1 and its tokens are evenly spaced.

@@ -2,7 +2,7 @@
 
 A list depends on the width of the dtype, for a tile is limited by its bytes: `block_k` spans 64 to 128 bytes of a row
 wherever the product runs on tensor cores. AMD's compute units hold 64 KiB of shared memory where NVIDIA's hold 163 KiB
-and more, so that the lists for them are of their own (`hip`) and shallower.
+and more; so they have lists of their own (`hip`), with fewer stages.
 
 NVIDIA's lists for two-byte dtypes hold the tiles that were fastest on an H200 in bf16 at r = d/2, d = 2048, 4096 and
 8192 (`benchmarks/results/gpu_tiles.csv`), but for those that spill on another chip. Its float32 lists and AMD's have
@@ -123,7 +123,7 @@ def decode_tiles(itemsize: int, block_m: int, hip: bool) -> tuple[Tile, ...]:
 
 
 def fixed_decode_tile(rows: int, itemsize: int, block_m: int, hip: bool) -> Tile:
-    """The tile without tuning, for a weight of so many rows: fewer rows a program where there are few."""
+    """The tile without tuning, for a weight of `rows` rows: fewer rows to a program where there are few."""
     many = block_m == 1 and not hip and rows >= 4096
     return decode_tiles(itemsize, block_m, hip)[1 if many else 0]
 
@@ -134,13 +134,13 @@ def tokens_bucket(tokens: int) -> int:
 
 
 SPLITS = 4
-"""At most so many programs share one sum: what was best for 16 tokens at all three d."""
+"""The most programs that share one sum: what was best for 16 tokens at all three d."""
 
 PROGRAMS = 512
 """Programs that keep any of today's chips (108 to 304 compute units) reading; fewer are split along the sum."""
 
 MIN_CHUNK = 512
-"""Terms of a sum that are worth a program."""
+"""The fewest terms of a sum that are worth a program of their own."""
 
 
 def chunk_of_sum(rows: int, terms: int, tile: Tile) -> int:

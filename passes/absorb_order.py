@@ -3,7 +3,7 @@
     linear(act(pifa::linear(x, w, c, order, b)), W)                ->  linear(act(pifa::linear(x, w, c, None, b')), W')
     linear(act(pifa::linear(x, .., order)) * pifa::linear(x, .., order), W)          likewise, with one order for both
 
-where `act` is elementwise: it does the same to every output, in whatever order they come. b' is the bias in stored
+where `act` is elementwise: it does the same to every output, whatever their order. b' is the bias in stored
 order and W' has the columns of W in stored order, so nothing is left to undo while the model runs. That holds between
 the linears of an MLP; a residual add, RoPE or a norm in between mixes orders and keeps the gather.
 """
@@ -26,8 +26,8 @@ from .weights import constant_at, store_tensor, tensor_at, value_of
 aten, pifa = torch.ops.aten, torch.ops.pifa
 
 _LINEAR = (aten.linear.default, pifa.linear.default)
-# ATen operators say themselves that they are elementwise. These are methods of tensors, and functions of torch by what
-# they are: another function of the same name may do anything.
+# ATen operators carry a tag that says whether they are elementwise. These are methods of tensors by name, and functions
+# of torch by identity: another function of the same name may do anything.
 _METHODS = {
     *("relu", "tanh", "sigmoid", "exp", "erf", "square", "sqrt", "abs", "neg", "add", "sub", "mul", "div", "pow"),
     *("clamp", "float", "double", "half", "bfloat16", "to", "type_as", "contiguous"),
@@ -56,7 +56,7 @@ class Site:
 
 
 def find_site(gm: GraphModule, linear: Node) -> Site | Skip:
-    """The site that a linear (`aten.linear` or `pifa::linear`) is a source of, or what its order would run into."""
+    """The site that a linear (`aten.linear` or `pifa::linear`) is a source of, or what its order cannot pass."""
     sources: set[Node] = set()
     readers: set[Node] = set()
     seen, pending = {linear}, [linear]
@@ -173,7 +173,7 @@ def _is_elementwise(node: Node) -> bool:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a module draws a random number for every entry, which would go to another one in another order."""
+    """Whether a module draws a random number for every entry, which another entry would get in another order."""
     return isinstance(module, nn.Dropout) and module.training
 
 

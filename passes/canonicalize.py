@@ -83,7 +83,7 @@ class Canonicalize(Rewrite):
         return SUBCLASS if any(is_subclass(gm, operand) for operand in operands) else found
 
     def rewrite(self, gm: GraphModule, node: Node, found: _Found) -> Node:
-        """Spells it the one way."""
+        """Writes it as `aten.linear`."""
         if node.op == "call_module":
             weight = gm.graph.get_attr(f"{node.target}.weight")
             has_bias = gm.get_submodule(str(node.target)).bias is not None

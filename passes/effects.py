@@ -1,8 +1,8 @@
-"""What a call in a graph does beside giving a result: whether it may write, and whether it can be dropped when unread.
+"""What a call in a graph does besides giving a result: whether it may write, and whether it may go when it is unread.
 
 Decided by what the call *is*: the schema of an ATen operator, the operator behind a function or method of torch, or one
-of a few Python functions that are known by identity. Whatever is not known to be free of effects is taken to have some,
-so that a pass is wrong on the safe side only.
+of a few Python functions that are known by identity. Whatever is not known to be free of effects is assumed to have
+some, so that a pass can only err on the safe side.
 """
 
 import inspect
@@ -75,7 +75,7 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 
 
 def may_write(node: Node) -> bool:
-    """Whether a node may change something that exists already: an operand, a running statistic, a state of torch."""
+    """Whether a node may change something that exists already: an operand, a running statistic, state of torch."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if node.op == "call_module":
@@ -106,7 +106,7 @@ def writes_between(first: Node, last: Node) -> bool:
 
 
 def is_removable(node: Node) -> bool:
-    """Whether a node that nobody reads can go: it writes nothing, and draws no random numbers that others then miss."""
+    """Whether an unread node can go: it writes nothing, and draws no random numbers, which would shift those of others."""
     if node.op in ("placeholder", "output") or may_write(node):
         return False
     if node.op in ("get_attr", "call_module"):
@@ -140,7 +140,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def inside_transforms(graph: Graph) -> set[Node]:
-    """The nodes that run within a transform of `torch.func` (vmap, grad, vjp, jvp, ...), as Dynamo spells them out."""
+    """The nodes that run within a transform of `torch.func` (vmap, grad, vjp, jvp, ...), as Dynamo writes them out."""
     inside: set[Node] = set()
     depth = 0
     for node in graph.nodes:

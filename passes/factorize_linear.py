@@ -79,7 +79,7 @@ def detect(weight: Tensor) -> PifaFactors | Skip:
 
 
 def rank_exceeds(weight: Tensor, rank: int) -> bool:
-    """A cheap screen, one LU in float32: True only if the numerical rank of `weight` [out, in] is above `rank`.
+    """A cheap test, one LU in float32: True only if the numerical rank of `weight` [out, in] is above `rank`.
 
     Of a random square part with a few rows more than `rank`, the LU's last pivots are rounding noise if the weight's
     rank is at most `rank`. In multiples of eps * rms * sqrt(size) / (2 sqrt 3), the noise of a rounded entry summed up,

@@ -4,8 +4,8 @@
         ->  y = pifa::linear_siblings_cpu(x, [w1, w2], [c1, c2], [o1, o2]); y[0], y[1]
 
 It works on what `Lower` leaves on CPUs. For one or a few tokens the call itself is a good part of a small layer's time,
-and all pivot rows, then all coefficients, are streamed by all threads together; for many tokens the native code runs
-one first GEMM over the joint pivot rows where they are few. On GPUs nobody has measured whether it pays.
+and all threads stream the pivot rows together, then the coefficients. For many tokens the native code runs one first
+GEMM over the joint pivot rows where these are few. Whether it pays on GPUs has not been measured.
 """
 
 import operator

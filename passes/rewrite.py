@@ -39,7 +39,7 @@ class Record:
 class Rewrite(ABC):
     """One rewrite: `match` finds what is needed to rewrite a node, `rewrite` builds what replaces it.
 
-    `match` returns None for a node that is none of this pass's business (no record is made), a `Skip` for a near miss,
+    `match` returns None for a node that this pass has nothing to do with (no record is made), a `Skip` for a near miss,
     and anything else to have it handed to `rewrite`.
     """
 
@@ -47,7 +47,7 @@ class Rewrite(ABC):
     works_in_transforms = False
     """Whether what it builds is safe within a transform of `torch.func`, where values are batched or differentiated."""
     is_about_speed_only = False
-    """Whether a node that it skips keeps its PIFA form all the same, so that strictness has nothing to say about it."""
+    """Whether a node that it skips is in PIFA form all the same, and the backend's "strict" has nothing to raise."""
 
     def candidates(self, gm: GraphModule) -> Iterable[Node]:
         """The nodes to look at: calls of `targets`."""

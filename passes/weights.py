@@ -69,7 +69,7 @@ def unbind_inputs(gm: GraphModule) -> None:
 
 
 def linear_weights(gm: GraphModule) -> dict[Node, int]:
-    """The `get_attr` nodes and bound inputs that are weights of canonical linears, and how many linears each feeds."""
+    """The `get_attr` nodes and bound inputs that are weights of canonical linears, each with the number of its linears."""
     uses: dict[Node, int] = {}
     for linear in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         arg = linear.args[1]
@@ -145,7 +145,7 @@ def store_factors(gm: GraphModule, name: str, factors: PifaFactors) -> tuple[Nod
 
 
 def store_tensor(gm: GraphModule, name: str, suffix: str, value: Tensor) -> Node:
-    """Keeps `value` on `gm` as a constant called after the weight `name`; returns its node."""
+    """Keeps `value` on `gm` as a constant named after the weight `name`; returns its node."""
     prefix, _, attribute = name.rpartition(".")
     holder, path = _holder(gm, prefix)
     stem = f"{attribute}_{suffix}" if path == prefix else f"{name.replace('.', '_')}_{suffix}"
@@ -185,7 +185,7 @@ def release(gm: GraphModule, node: Node) -> None:
 
 
 def _readers(gm: GraphModule, node: Node) -> list[Node]:
-    """The nodes that hold the same weight: captures make one `get_attr` a use."""
+    """The nodes that hold the same weight: captures make one `get_attr` for each use."""
     return [other for other in gm.graph.find_nodes(op="get_attr") if other.target == node.target]
 
 
@@ -200,7 +200,7 @@ def _sharing(gm: GraphModule, node: Node, tensor: Tensor) -> Iterator[Node]:
 
 
 def _is_written(node: Node) -> bool:
-    """Whether the graph may write to what `node` holds, through itself or a view of it; wrong only on the safe side."""
+    """Whether the graph may write to what `node` holds, directly or through a view; errs only on the safe side."""
     seen, pending = {node}, [node]
     while pending:
         for user in pending.pop().users:
@@ -217,7 +217,7 @@ def _is_written(node: Node) -> bool:
 def _is_state(value: Any) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return False
-    # Dynamo marks the parameters and buffers of modules that way; activations bear no such mark.
+    # Dynamo marks the parameters and buffers of modules that way, and not activations.
     return isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
 
 
