@@ -5,6 +5,7 @@ from .checkpoint import registration
 from .checkpoint import save_pretrained as save_pretrained
 from .compact import compact as compact
 from .compress import compress as compress
+from .compress_checkpoint import compress_checkpoint as compress_checkpoint
 from .errors import PifaError as PifaError
 from .factors import PifaFactors as PifaFactors
 from .factors import factorize as factorize

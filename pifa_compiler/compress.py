@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +10,18 @@ from torch.fx import GraphModule
 from .checkpoint import describe_if_pretrained
 from .checkpoint.format import refuse_other_quantization
 from .errors import CalibrationError, RankError
-from .exchange.absorb import LayerSite, absorb_orders, enclosed_sites, layer_sites, one_order_of
-from .exchange.allowed import Exchangeable
+from .exchange.absorb import LayerSite, absorb_orders
 from .exchange.atomic import Exchange
-from .exchange.enclosure import Enclosure
 from .factors import PifaFactors
 from .graph.capture import Batch, capture
-from .graph.linears import linears_in_order, weight_name
+from .graph.linears import weight_name
 from .modules import count_numbers, is_plain_linear, layer_of, module_at
 from .numerics import own_numerics
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .reconstruction.config import CompressConfig
 from .reconstruction.reconstruct import Reconstruction, sum_gradients, sum_inputs
 from .reconstruction.results import ResultsInMemory, factors_by_weight, reports_of
-from .reconstruction.selection import find_linears, left_dense
+from .reconstruction.selection import left_dense, select_linears
 from .reconstruction.statistics import DenseStatistics
 from .reconstruction.sweep import Progress
 from .report import Report
@@ -67,33 +64,22 @@ def compress(
     started = time.perf_counter()
     calls = list(batches)
     refuse_other_quantization(model)
-    _check_token_ids(model, calls)
+    check_token_ids(model, calls)
     _check_weights(model)
     captured = capture(model, calls)
-    exchangeable = Exchangeable(model, captured.graph)
-    found, skipped = find_linears(model, captured.graph, config.skip, config.ranks, exchangeable)
+    selection = select_linears(model, captured.graph, config.skip, config.ranks)
     report = Report(config.method, config.density, params_before=count_numbers(model))
-    sites, ordered = enclosed_sites(layer_sites(captured.graph), exchangeable, Enclosure(model))
     results = ResultsInMemory()
     reconstruction = Reconstruction(
-        captured, found, one_order_of(sites), config, results, statistics, progress=progress
+        captured, selection.found, selection.one_order, config, results, statistics, progress=progress
     )
-    reconstruction.measure()
+    ranked = reconstruction.run()
     if reconstruction.no_gradients is not None:
         report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
-    ranked = reconstruction.give_ranks()
-    reconstruction.solve(ranked)
     report.activation_bytes = reconstruction.peak_bytes
     factors = factors_by_weight(results.groups)
-    layers = {layer.name: layer for layer in (*skipped, *left_dense(ranked), *reports_of(results.groups))}
-    order = {name: index for index, name in enumerate(linears_in_order(captured.graph))}
-    new, absorbed = _new_layers(model, factors, sites)
-    for name, layer in layers.items():
-        notes = [f"row order absorbed by {absorbed[name]}"] if name in absorbed else []
-        if name in ordered and layer.rank is not None:
-            notes = [ordered[name]]
-        layers[name] = replace(layer, notes=(*layer.notes, *notes))
-    report.layers = sorted(layers.values(), key=lambda layer: order.get(layer.name, len(order)))
+    new, absorbed = _new_layers(model, factors, selection.sites)
+    report.layers = selection.layers(captured.graph, (*left_dense(ranked), *reports_of(results.groups)), absorbed)
     with Exchange() as exchange:
         if new is None and isinstance(model, GraphModule):
             exchange.graph(model)
@@ -121,12 +107,12 @@ def measure(
         CaptureError, CalibrationError: as in `compress`.
     """
     calls = list(batches)
-    _check_token_ids(model, calls)
+    check_token_ids(model, calls)
     captured = capture(model, calls)
-    found, _ = find_linears(model, captured.graph, (), {})
+    found = list(select_linears(model, captured.graph).found)
     statistics = DenseStatistics()
     if gradients:
-        statistics.no_gradients, statistics.notes = sum_gradients(captured, list(found), statistics.add, progress)
+        statistics.no_gradients, statistics.notes = sum_gradients(captured, found, statistics.add, progress)
     if statistics.no_gradients is not None:
         statistics.forget()
     unknown = [node for node in found if weight_name(node) not in statistics.gram]
@@ -137,7 +123,12 @@ def measure(
     return statistics
 
 
-def _check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
+def check_token_ids(model: nn.Module, calls: list[Batch]) -> None:
+    """Refuses calibration batches without any call, or with tokens that the model has no embedding of.
+
+    Raises:
+        CalibrationError: saying which tokens there are and which there may be.
+    """
     if not calls:
         raise CalibrationError("at least one calibration batch is needed, none came")
     embedding = _input_embedding(model)

@@ -46,6 +46,13 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def remove_drafts(path: str | os.PathLike[str]) -> None:
+    """Removes what an `atomic_folder` of this name left when its process was killed; only while no other writes it."""
+    final = _resolved(path)
+    for draft in final.parent.glob(f".{final.name}.*.partial"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 @contextmanager
 def atomic_files(final: Path, companion: Path, refusal: type[PifaError]) -> Iterator[Path]:
     """A path in a new folder beside `final`, of the same name; what is there at the end is moved to its place.

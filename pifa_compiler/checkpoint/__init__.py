@@ -75,12 +75,17 @@ def save_pretrained(
             raise OSError(str(error)) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
-        config["transformers_weights"] = _IMPORT_FIRST
-        _write_json(partial / CONFIG, config)
-        if report is not None:
-            _write_json(partial / REPORT, report.to_dict())
-        (partial / "README.md").write_text(_model_card(model, settings), encoding="utf-8")
+        write_beside(partial, model, settings, report)
+
+
+def write_beside(folder: Path, model: Any, settings: Mapping[str, Any], report: Report | None) -> None:
+    """Finishes a folder that holds a model's config and weights: what stops other loaders, the report, a model card."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["transformers_weights"] = _IMPORT_FIRST
+    _write_json(folder / CONFIG, config)
+    if report is not None:
+        _write_json(folder / REPORT, report.to_dict())
+    (folder / "README.md").write_text(_model_card(model, settings), encoding="utf-8")
 
 
 def load_pretrained(

@@ -69,23 +69,41 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is {kind}; wanted a folder that save_pretrained has written")
     refuse_pickles(folder)
     read_settings(folder)
+    weight_files(folder)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a saved model, dense or not; reads an index and the files' headers.
+
+    Raises:
+        CheckpointError: there are none, one is missing or truncated, or the index names a file that is not beside it or
+            a tensor that is not in its file.
+    """
     if (folder / WEIGHTS).exists():
-        files = [folder / WEIGHTS]
-    elif (folder / INDEX).exists():
-        shards = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(f"{folder / INDEX} has no table `weight_map`; it is damaged, copy it again")
-        for shard in shards.values():
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{folder / INDEX} names {shard!r}; wanted safetensors files beside it")
-        files = [folder / shard for shard in sorted(set(shards.values()))]
-    else:
+        with open_tensors(folder / WEIGHTS) as tensors:
+            return dict.fromkeys(tensors.keys(), folder / WEIGHTS)
+    if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it is incomplete, copy or save it again")
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing, {folder / INDEX} names it; copy or save the model again")
-        with _open(file):
-            pass
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{folder / INDEX} has no table `weight_map`; it is damaged, copy it again")
+    for shard in set(shards.values()):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX} names {shard!r}; wanted safetensors files beside it")
+    held: set[tuple[str, str]] = set()
+    for shard in sorted(set(shards.values())):
+        if not (folder / shard).exists():
+            raise CheckpointError(
+                f"{folder / shard} is missing, {folder / INDEX} names it; copy or save the model again"
+            )
+        with open_tensors(folder / shard) as tensors:
+            held |= {(key, shard) for key in tensors.keys()}  # noqa: SIM118
+    for key, shard in shards.items():
+        if (key, shard) not in held:
+            raise CheckpointError(
+                f"{folder / shard} does not hold {key}, which {folder / INDEX} says it does; copy the model again"
+            )
+    return {key: folder / shard for key, shard in shards.items()}
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
@@ -146,7 +164,7 @@ def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mappin
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file} is not a safetensors file; pickles are never loaded, save the model again")
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             headers.update((key, tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     layers = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in _PARTS}
     # transformers renames tensors of some architectures when it saves; then the names agree in number only.
@@ -157,7 +175,7 @@ def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mappin
     for name in sorted(layers):
         _check_layer(name, headers, shapes.get(name))
     for file in files:
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 name, _, part = key.rpartition(".")
                 if part == "pivots":
@@ -225,7 +243,7 @@ def _check_layer(name: str, headers: Mapping[str, list[int]], wanted: LayerShape
         )
 
 
-def _open(file: str | os.PathLike[str]) -> Any:
+def open_tensors(file: str | os.PathLike[str]) -> Any:
     """`safe_open`, which reads the header and compares it with the file's length."""
     from safetensors import SafetensorError, safe_open
 

@@ -87,11 +87,6 @@ def enclosed_sites(
     return enclosed, reasons
 
 
-def one_order_of(sites: Iterable[LayerSite]) -> dict[str, tuple[str, ...]]:
-    """For a layer whose outputs meet those of others (gate and up): the names of all, which share a row order."""
-    return {name: site.sources for site in sites if len(site.sources) > 1 for name in site.sources}
-
-
 def _why_site_stays(
     site: LayerSite, exchangeable: Exchangeable, enclosure: Enclosure, new: Collection[str]
 ) -> str | None:

@@ -25,10 +25,11 @@ class Exchangeable:
     Args:
         model: the layers' model, as it is now.
         graph: the same captured, or None: then who reads a weight on the way is not known.
+        in_files: whether weights on the meta device have their values in files.
     """
 
-    def __init__(self, model: nn.Module, graph: GraphModule | None) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module, graph: GraphModule | None, *, in_files: bool = False) -> None:
+        self.model, self.graph, self._in_files = model, graph, in_files
         self._tensors: dict[tuple[str, int], list[str]] = {}
         self._modules: dict[int, list[str]] = {}
         self._read: dict[str, list[Node]] = {}
@@ -58,7 +59,8 @@ class Exchangeable:
             return _why_no_linear(layer)
         if self.graph is None and type(layer) not in (nn.Linear, PifaLinear) and isinstance(layer, nn.Linear):
             return f"layer is a {type(layer).__name__}; without an example it is not known who reads its weight"
-        return why_marked(layer) or _why_no_plain_weight(layer) or self.why_shared(name) or self._why_read(name)
+        plain = _why_no_plain_weight(layer, in_files=self._in_files)
+        return why_marked(layer) or plain or self.why_shared(name) or self._why_read(name)
 
     def why_shared(self, name: str) -> str | None:
         """Why the module called `name` is not its parent's alone; None if it is."""
@@ -168,7 +170,7 @@ def _why_no_linear(layer: nn.Module) -> str:
     return f"weight belongs to a {kind}, which is no linear layer; put it into an nn.Linear"
 
 
-def _why_no_plain_weight(layer: nn.Module) -> str | None:
+def _why_no_plain_weight(layer: nn.Module, *, in_files: bool) -> str | None:
     for key, tensor in (("weight", vars(layer)["_parameters"].get("weight")), *layer._parameters.items()):
         if tensor is None:
             if key == "weight" and not isinstance(layer, PifaLinear):
@@ -178,7 +180,7 @@ def _why_no_plain_weight(layer: nn.Module) -> str | None:
             return f"{key} is a {type(tensor).__name__}, a kind of tensor of its own"
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             return f"{key} is no plain floating-point tensor: {tensor.dtype}, {tensor.layout}"
-        if tensor.is_meta:
+        if tensor.is_meta and not in_files:
             return f"{key} has no values (meta device)"
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             return f"{key} has hooks, which would no longer run"

@@ -1,5 +1,6 @@
 """Capture: a model and its calibration batches as one functional graph of ATen operations."""
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, CaptureError
 from ..passes import Canonicalize, run_passes
 from .run import Block, cut_into_blocks
 from .token_masks import TokenMasks
-from .weights import Weights, WeightsInMemory
+from .weights import Weights, WeightsBesideConstants, WeightsInMemory
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """One call of a model: a tensor (its first argument), a sequence (positional) or a mapping (keyword arguments)."""
@@ -53,20 +56,34 @@ class Captured:
         return cut_into_blocks(self.graph, last, max(count, 1))
 
 
-def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
+def capture(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    weights: Weights | None = None,
+    device: torch.device | None = None,
+    block_bytes: int | None = None,
+) -> Captured:
     """Captures `model` by `torch.export`, in evaluation mode and without a KV cache.
 
     Args:
         model: any exportable module; its weights are shared with the graph, not copied.
         batches: calls to capture it for; dimensions that differ between batches become dynamic. Their tensors are moved
             to the device of the model.
+        weights: where the weights are, of a model whose own are on the meta device; None for those of the model.
+        device: where `weights` come to; None is the CPU.
+        block_bytes: see `Captured`.
 
     Raises:
         CalibrationError: there is no batch, or the batches differ in more than their shapes, or the graph that holds
             for one of them does not for another.
         CaptureError: `torch.export` cannot express the model as one graph, or its weights are of inference mode.
     """
-    calls = [_call_of(model, batch) for batch in batches]
+    if weights is not None:
+        device = torch.device("cpu") if device is None else device
+    elif (weight := next(model.parameters(), None)) is not None:
+        device = weight.device
+    calls = [_call_of(model, batch, device) for batch in batches]
     if not calls:
         raise CalibrationError("at least one calibration batch is needed, none came")
     flat = [pytree.tree_flatten(call) for call in calls]
@@ -80,6 +97,8 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
         )
     inputs = [values for values, _ in flat]
     dynamic = _dynamic_dims(inputs)
+    if weights is not None:
+        model = _with_stand_ins(model, device)
     training = {module: module.training for module in model.modules()}
     try:
         for module in training:
@@ -88,12 +107,57 @@ def capture(model: nn.Module, batches: Iterable[Batch]) -> Captured:
     finally:
         for module, mode in training.items():
             module.training = mode
+    if weights is not None:
+        _take_stand_ins_out(graph)
     _check_shapes(graph, inputs)
     run_passes(graph, [Canonicalize()])
-    return Captured(graph, inputs, TokenMasks(graph, inputs), WeightsInMemory(graph))
+    own = WeightsInMemory(graph)
+    source = own if weights is None else WeightsBesideConstants(own, weights)
+    return Captured(graph, inputs, TokenMasks(graph, inputs), source, block_bytes)
 
 
-def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_stand_ins(model: nn.Module, device: torch.device | None) -> nn.Module:
+    """A copy whose parameters claim to lie on `device` and hold nothing: its code goes the ways it goes with values."""
+    copied = copy.deepcopy(model)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    stand_ins: dict[int, nn.Parameter] = {}
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in stand_ins:
+                with mode:
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    stand_ins[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            if parameter is not None:
+                module._parameters[name] = stand_ins[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer.to(device), static_shapes=True)
+    return copied
+
+
+def _take_stand_ins_out(graph: GraphModule) -> None:
+    """Puts tensors on the meta device in the place of stand-ins.
+
+    Raises:
+        CaptureError: the graph holds a tensor that was made while the model was captured, and so has no values.
+    """
+    made = [name for name, value in vars(graph).items() if is_fake(value)]
+    if made:
+        raise CaptureError(
+            f"the model makes a tensor of its own while it is called ({made[0]}), which has no values without its "
+            "weights; load it into memory and call compress() on it"
+        )
+    for module in graph.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_fake(parameter):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and is_fake(buffer):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+
+
+def _call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
@@ -104,10 +168,8 @@ def _call_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str,
         args = tuple(batch)
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs.setdefault("use_cache", False)
-    weight = next(model.parameters(), None)
-    if weight is None:
+    if device is None:
         return args, kwargs
-    device = weight.device
     moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         Tensor, lambda value: value.to(device), (args, kwargs)
     )

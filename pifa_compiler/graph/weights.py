@@ -32,3 +32,19 @@ class WeightsInMemory:
 
     def give_back(self) -> None:
         """Nothing: they belong to the model."""
+
+
+class WeightsBesideConstants:
+    """The weights of a model that is not in memory, beside the constants that its graph holds itself."""
+
+    def __init__(self, constants: WeightsInMemory, weights: Weights) -> None:
+        self._constants, self._weights = constants, weights
+
+    def read(self, name: str) -> Any:
+        """See `Weights`."""
+        found = self._constants.read(name)
+        return self._weights.read(name) if isinstance(found, Tensor) and found.is_meta else found
+
+    def give_back(self) -> None:
+        """See `Weights`."""
+        self._weights.give_back()

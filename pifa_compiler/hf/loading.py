@@ -82,10 +82,10 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "Pre
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        with _quiet():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise _explain(source, error, "a tokenizer") from error
+        raise explain_failure(source, error, "a tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files there")
     return tokenizer
@@ -126,6 +126,32 @@ def _locate(name: str | Path) -> Path | str:
             f"there is no model at {str(name)!r}; give a folder, a .gguf file or a Hugging Face Hub name"
         )
     return name
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder that a model lies in; one on the Hub is fetched into the hub's cache first, safetensors only.
+
+    Raises:
+        CheckpointError: it is no folder with safetensors files, or cannot be reached.
+    """
+    source = _locate(name)
+    if isinstance(source, str):
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.py", "*.jinja"]
+        try:
+            with quietly():
+                source = Path(snapshot_download(source, allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # of which the hub's own errors are children
+            raise explain_failure(source, error, "a model in safetensors form") from error
+    if source.suffix == ".gguf":
+        raise CheckpointError(
+            f"{source} is a GGUF file, whose weights are dequantized in memory; save it as safetensors first"
+        )
+    if _quant_method(source) == "pifa":
+        raise CheckpointError(f"{source} is in PIFA form already; wanted a dense model")
+    _check_weight_files(source)
+    return source
 
 
 def _arguments(source: Path | str) -> tuple[str, dict[str, str]]:
@@ -170,15 +196,15 @@ def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "P
 
     where, gguf = _arguments(source)
     try:
-        with _quiet():
+        with quietly():
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
-            auto = _model_class(config)
+            auto = model_class(config)
             remote = {"trust_remote_code": trust_remote_code} if auto.__name__.startswith("Auto") else {}
             model, info = auto.from_pretrained(
                 where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **gguf, **remote
             )
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, ImportError, SafetensorError) as error:
-        raise _explain(source, error, "a model in safetensors or GGUF form") from error
+        raise explain_failure(source, error, "a model in safetensors or GGUF form") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -189,7 +215,7 @@ def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "P
     return loaded
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that the config names if this transformers has it, else the causal language model."""
     import transformers
 
@@ -223,7 +249,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model
 
 
-def _explain(source: Path | str, error: Exception, wanted: str) -> CheckpointError:
+def explain_failure(source: Path | str, error: Exception, wanted: str) -> CheckpointError:
     """What a failure inside transformers means for somebody who asked for `source`."""
     text = str(error)
     if "trust_remote_code" in text:
@@ -249,7 +275,7 @@ def _first_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keeps transformers' progress bars and warnings away, and whatever else prints off stdout."""
     from transformers.utils import logging
 

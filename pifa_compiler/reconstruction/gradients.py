@@ -219,6 +219,8 @@ class _Walk:
             if progress is not None:
                 progress(step, steps, "output gradients")
 
+        if behind == 0:
+            return
         for batch, inputs in enumerate(self.captured.inputs):
             self.values.put(batch, dict(zip(self.placeholders, inputs, strict=True)))
         for index, block in enumerate(self.blocks[: behind - 1]):

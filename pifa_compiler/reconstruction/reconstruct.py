@@ -85,7 +85,7 @@ def sum_inputs(
 
 @dataclass
 class Reconstruction:
-    """One run of a method over a model. `measure`, `give_ranks` and `solve` are called once each, in this order.
+    """One run of a method over a model.
 
     Attributes:
         captured: the model's graph, its weights and the calibration batches.
@@ -113,18 +113,36 @@ class Reconstruction:
     notes: tuple[str, ...] = ()
     peak_bytes: int = 0
 
+    def run(self) -> dict[Node, RankedLinear]:
+        """Measures the dense model, gives its linears ranks, and makes their factors, which go to `results`.
+
+        Returns:
+            The rank of every linear, or why it stays dense.
+
+        Raises:
+            CalibrationError: an input or a gradient is not finite.
+            RankError: a decomposition fails, a fixed rank does not exist, or the density leaves no room for rank 1.
+            OffloadError: results or values cannot be written.
+        """
+        self._measure()
+        ranked = give_ranks(
+            self.found,
+            self.one_order,
+            {node: seen for node in self.found if (seen := self.results.seen(node)) is not None},
+            find_attention(self.captured.graph),
+            allocator=self.allocator,
+            budget=Budget(self.config.density, self.config.rank_multiple),
+            fixed=self.config.ranks,
+        )
+        self._solve(ranked)
+        return ranked
+
     @property
     def allocator(self) -> str:
         """The name of the allocator that the configuration asks for."""
         return self.config.allocator or METHODS[self.config.method].allocator
 
-    def measure(self) -> None:
-        """Finds out about the dense model what allocator and method want to know.
-
-        Raises:
-            CalibrationError: an input or a gradient is not finite.
-            RankError: a decomposition fails.
-        """
+    def _measure(self) -> None:
         allocator, method, config = ALLOCATORS[self.allocator], METHODS[self.config.method], self.config
         wants_ranks = allocator.look is not None and config.density < 1
         wants_gradients = method.gradients and config.gradients and (config.density < 1 or bool(config.ranks))
@@ -166,29 +184,7 @@ class Reconstruction:
             seen = allocator.look_at(weight_name(node), weight, gram, gradient_gram)
         self.results.add_linear(node, seen, gradient_gram)
 
-    def give_ranks(self) -> dict[Node, RankedLinear]:
-        """The rank of every linear, or why it stays dense.
-
-        Raises:
-            RankError: a fixed rank does not exist for its weight, or the density leaves no room for rank 1.
-        """
-        return give_ranks(
-            self.found,
-            self.one_order,
-            {node: seen for node in self.found if (seen := self.results.seen(node)) is not None},
-            find_attention(self.captured.graph),
-            allocator=self.allocator,
-            budget=Budget(self.config.density, self.config.rank_multiple),
-            fixed=self.config.ranks,
-        )
-
-    def solve(self, ranked: Mapping[Node, RankedLinear]) -> None:
-        """Makes the factors of all linears that have a rank.
-
-        Raises:
-            CalibrationError: an input of a linear is not finite.
-            RankError: a decomposition fails.
-        """
+    def _solve(self, ranked: Mapping[Node, RankedLinear]) -> None:
         config, method = self.config, METHODS[self.config.method]
         active = [node for node, linear in ranked.items() if linear.rank is not None]
         if not active:

@@ -1,7 +1,7 @@
 """Which linears of a captured model are compressed, which are left alone and why, and what their ranks are to be."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -9,9 +9,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..errors import CaptureError, ConfigError, RankError
+from ..exchange.absorb import LayerSite, enclosed_sites, layer_sites
 from ..exchange.allowed import Exchangeable, caller_of, readers_of
+from ..exchange.enclosure import Enclosure
 from ..factors import stored_numbers
-from ..graph.linears import is_transposed, uses_of_weights, weight_name
+from ..graph.linears import is_transposed, linears_in_order, uses_of_weights, weight_name
 from ..graph.run import ancestors
 from ..modules import embedding_storages, is_plain_linear, module_at, storage_of, weight_of
 from ..report import LayerReport
@@ -40,6 +42,73 @@ class RankedLinear:
     shape: tuple[int, int]
     rank: int | None
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `compress` will do with a model's linears.
+
+    Attributes:
+        found: the linears to compress.
+        skipped: reports of the others.
+        sites: where row orders can be absorbed.
+        ordered: for layers whose row order stays, why.
+    """
+
+    found: Mapping[Node, FoundLinear]
+    skipped: Sequence[LayerReport]
+    sites: Sequence[LayerSite]
+    ordered: Mapping[str, str]
+
+    @property
+    def one_order(self) -> dict[str, tuple[str, ...]]:
+        """For a layer whose outputs meet those of others (gate and up): the names of all, which share a row order."""
+        return {name: site.sources for site in self.sites if len(site.sources) > 1 for name in site.sources}
+
+    def layers(self, graph: GraphModule, made: Iterable[LayerReport], absorbed: Mapping[str, str]) -> list[LayerReport]:
+        """One report a layer, in the model's order.
+
+        Args:
+            graph: of the model.
+            made: reports of the linears that were found.
+            absorbed: for layers that have no row order any more, the names of those that absorbed it.
+        """
+        order = {name: index for index, name in enumerate(linears_in_order(graph))}
+        reports: dict[str, LayerReport] = {}
+        for layer in (*self.skipped, *made):
+            notes = layer.notes
+            if layer.name in self.ordered and layer.rank is not None:
+                notes = (*notes, self.ordered[layer.name])
+            elif layer.name in absorbed:
+                notes = (*notes, f"row order absorbed by {absorbed[layer.name]}")
+            reports[layer.name] = replace(layer, notes=notes)
+        return sorted(reports.values(), key=lambda layer: order.get(layer.name, len(order)))
+
+
+def select_linears(
+    model: nn.Module,
+    graph: GraphModule,
+    skip: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
+    *,
+    in_files: bool = False,
+) -> Selection:
+    """What is to be done with the linears of a captured model.
+
+    Args:
+        model, graph: the model, and the same captured.
+        skip: name patterns of linears to leave dense.
+        ranks: ranks by name pattern.
+        in_files: whether the weights are in files, and the model is on the meta device.
+
+    Raises:
+        CaptureError: there are no linears, or none that may be compressed.
+        ConfigError: a pattern matches none.
+    """
+    exchangeable = Exchangeable(model, graph, in_files=in_files)
+    found, skipped = find_linears(model, graph, skip, ranks or {}, exchangeable)
+    sites, ordered = enclosed_sites(layer_sites(graph), exchangeable, Enclosure(model))
+    return Selection(found, skipped, sites, ordered)
 
 
 def find_linears(

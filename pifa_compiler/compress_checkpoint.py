@@ -1,0 +1,363 @@
+"""`compress_checkpoint`: a model's files are compressed into others, block by block, and are never in memory whole."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.shards import write_model
+from .compress import check_token_ids
+from .errors import OffloadError
+from .exchange.absorb import LayerSite, absorb_orders
+from .files import check_destination, remove_drafts
+from .graph.capture import Batch, capture
+from .graph.linears import weight_name
+from .hf.stored_model import StoredModel, open_model
+from .linear import PifaLinear
+from .memory import format_bytes, parse_bytes
+from .modules import count_numbers
+from .numerics import own_numerics
+from .reconstruction.config import CompressConfig
+from .reconstruction.needs import Needs, needs_of
+from .reconstruction.reconstruct import Reconstruction
+from .reconstruction.selection import left_dense, select_linears
+from .reconstruction.solver import Solved
+from .reconstruction.sweep import Group, Progress, groups
+from .reconstruction.value_store import Room
+from .reconstruction.working_folder import WorkingFolder
+from .report import LayerReport, Report
+
+_SHARE_OF_BLOCK = 8
+"""The weights of a block, and of a shard of the output, take at most this part of the memory."""
+
+_LEAST_SHARD = 1 << 24
+"""Bytes of a shard of the output, however little memory there is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, known before it starts.
+
+    Attributes:
+        memory: bytes asked for.
+        needs: what the steps take.
+        values_in_memory: bytes that values between two steps may take of it.
+        working_folder: bytes on the disk of the working folder, at the most.
+        output: bytes on the disk of the output, about.
+        seconds: about how long it will take, by a short measurement of this machine.
+    """
+
+    memory: int
+    needs: Needs
+    values_in_memory: int
+    working_folder: int
+    output: int
+    seconds: float
+
+
+class _Job:
+    """One run over a model's files."""
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        output: Path,
+        calls: list[Batch],
+        config: CompressConfig,
+        memory: int,
+        offload: str | os.PathLike[str] | None,
+        device: torch.device | None,
+    ) -> None:
+        self.stored, self.config, self.memory = stored, config, memory
+        self.output = output.expanduser().resolve()
+        self.folder = self.output.with_name(f".{self.output.name}.run") if offload is None else Path(offload)
+        self.device = torch.device("cpu") if device is None else device
+        check_token_ids(stored.model, calls)
+        self.captured = capture(
+            stored.model,
+            calls,
+            weights=stored.weights,
+            device=self.device,
+            block_bytes=max(memory // _SHARE_OF_BLOCK, 1),
+        )
+        self.selection = select_linears(stored.model, self.captured.graph, config.skip, config.ranks, in_files=True)
+
+    def plan(self) -> Plan:
+        """What the run will take.
+
+        Raises:
+            OffloadError: the memory does not suffice, or the disk of the working folder or of the output.
+        """
+        needs = needs_of(self.captured, self.selection.found, self.config)
+        if needs.least > self.memory:
+            raise OffloadError(
+                f"{format_bytes(self.memory)} of memory do not suffice for this model and these windows: "
+                f"{needs}; give {format_bytes(needs.least)} or more (--memory), or shorter windows (--seqlen)"
+            )
+        values_in_memory = self.memory - needs.least
+        folder = needs.kept + max(needs.values - values_in_memory, 0)
+        output = int(self.stored.bytes * (1 - (1 - self.config.density) * needs.share))
+        plan = Plan(self.memory, needs, values_in_memory, folder, output, needs.seconds(self.device))
+        for place, wanted in ((self.folder, folder), (self.output, output)):
+            above = next(parent for parent in (place, *place.parents) if parent.exists())
+            free = shutil.disk_usage(above).free
+            if free < wanted:
+                raise OffloadError(
+                    f"{place} needs about {format_bytes(wanted)}, and {format_bytes(free)} are free on its disk; make "
+                    "room, or name another place"
+                )
+        return plan
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What has to be the same for a run that goes on."""
+        data = hashlib.sha256()
+        for values in self.captured.inputs:
+            for value in values:
+                data.update(value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+        files = {}
+        for path in sorted({path for path, _ in self.stored.weights.files.values()}):
+            stat = path.stat()
+            files[path.name] = [stat.st_size, stat.st_mtime_ns]
+        packages = ("pifa-compiler", "torch", "transformers")
+        return {
+            "model": {"folder": str(self.stored.folder), "config": self.stored.model.config.to_json_string()},
+            "files": files,
+            "options": asdict(self.config),
+            "memory": self.memory,
+            "dtype": str(self.stored.model.dtype),
+            "device": self.device.type,
+            "data": data.hexdigest(),
+            "versions": {name: version(name) for name in packages},
+        }
+
+    def run(self, work: WorkingFolder, plan: Plan, progress: Progress | None) -> tuple[Report, "_Layers"]:
+        """Makes the factors, in the working folder, and puts layers without values into the model."""
+        work.bind(self.captured.graph)
+        model, selection = self.stored.model, self.selection
+        report = Report(self.config.method, self.config.density, params_before=count_numbers(model))
+        room = Room(plan.values_in_memory, work.values, torch.device("cpu") if self.device.type != "cpu" else None)
+        reconstruction = Reconstruction(
+            self.captured, selection.found, selection.one_order, self.config, work, room=room, progress=progress
+        )
+        ranked = reconstruction.run()
+        if reconstruction.no_gradients is not None:
+            report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
+        report.activation_bytes = reconstruction.peak_bytes
+        active = [node for node, linear in ranked.items() if linear.rank is not None]
+        layers = _Layers(self.stored, work, groups(self.captured.graph.graph, active))
+        absorbed = layers.absorb(selection.sites)
+        report.layers = selection.layers(self.captured.graph, (*left_dense(ranked), *layers.reports()), absorbed)
+        for layer in report.factorized:
+            model.set_submodule(layer.name, layers.without_values(layer.name))
+        report.params_after = count_numbers(model)
+        report.describe_rest(model, (*reconstruction.notes, *self.captured.masks.notes()))
+        return report, layers
+
+
+class _Layers:
+    """The layers of the compressed model, by name: one at a time, from the working folder or the model's own files."""
+
+    def __init__(self, stored: StoredModel, work: WorkingFolder, found: Sequence[Group]) -> None:
+        self._stored, self._work = stored, work
+        self._group = {weight_name(node): (group, node) for group in found for node in group.members}
+        self._groups = found
+        self._last: tuple[str, dict[str, Tensor] | None] = ("", None)
+
+    def reports(self) -> list[LayerReport]:
+        """One of each layer in PIFA form."""
+        return [each.report for group in self._groups for each in (self._work.solved(group) or {}).values()]
+
+    def _solved(self, name: str) -> Solved | None:
+        found = self._group.get(f"{name}.weight")
+        return None if found is None else (self._work.solved(found[0]) or {}).get(found[1])
+
+    def without_values(self, name: str) -> PifaLinear:
+        """The layer `name` in PIFA form, on the meta device."""
+        solved = self._solved(name)
+        assert solved is not None  # noqa: S101  it is in the report
+        dense = self._stored.model.get_submodule(name)
+        d_out, d_in = solved.factors.shape
+        bias = getattr(dense, "bias", None) is not None
+        dtype = solved.factors.w_pivot.dtype
+        return PifaLinear(d_in, d_out, solved.factors.rank, bias, device="meta", dtype=dtype).eval()
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of the layer `name`, by their names in it; None if it is as it was."""
+        if self._last[0] != name:
+            self._last = name, self._read(name)
+        return self._last[1]
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        changed = self._work.layer(name)
+        if changed is not None:
+            return changed
+        solved = self._solved(name)
+        if solved is None:
+            return None
+        factors = solved.factors
+        own = {"w_pivot": factors.w_pivot, "coeff": factors.coeff, "pivots": factors.pivots.to(torch.int32)}
+        return {**own, **self._bias(name)}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the compressed model, by its name in the state dict."""
+        owner, _, part = name.rpartition(".")
+        changed = self.tensors(owner)
+        if changed is not None:
+            return changed[part]
+        found = self._stored.weights.read(name).clone()
+        self._stored.weights.give_back()
+        return found
+
+    def _bias(self, name: str) -> dict[str, Tensor]:
+        dense = self._stored.model.get_submodule(name)
+        if getattr(dense, "bias", None) is None:
+            return {}
+        return {"bias": self._stored.weights.read(f"{name}.bias")}
+
+    def _module(self, name: str) -> nn.Module:
+        """The layer `name` with its values."""
+        found = self.tensors(name)
+        dense = self._stored.model.get_submodule(name)
+        layer: nn.Module
+        if found is None:
+            found = {"weight": self._stored.weights.read(f"{name}.weight"), **self._bias(name)}
+        if "w_pivot" in found:
+            rank, d_in = found["w_pivot"].shape
+            layer = PifaLinear(d_in, rank + len(found["coeff"]), rank, "bias" in found, device="meta")
+            layer.pivots = found["pivots"]
+        else:
+            layer = type(dense).__new__(type(dense))
+            vars(layer).update({key: value for key, value in vars(dense).items() if key != "_parameters"})
+            vars(layer)["_parameters"] = {}
+        for key, tensor in found.items():
+            if key != "pivots":
+                layer._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        if isinstance(layer, PifaLinear):
+            layer.restore_order()
+        return layer
+
+    def absorb(self, sites: Sequence[LayerSite]) -> dict[str, str]:
+        """Moves row orders into the layers behind, site by site; those that change are kept in the working folder."""
+        absorbed: dict[str, str] = {}
+        for number, site in enumerate(sites):
+            done = f"site-{number}"
+            known = self._work.layer(done)
+            if known is None:
+                layers = {name: self._module(name) for name in (*site.sources, *site.readers)}
+                before = dict(layers)
+                found = absorb_orders(self._stored.model, [site], layers)
+                for name, layer in layers.items():
+                    if layer is not before[name]:
+                        own = {key: tensor.detach() for key, tensor in layer._parameters.items() if tensor is not None}
+                        own |= {"pivots": layer.pivots} if isinstance(layer, PifaLinear) else {}
+                        self._work.add_layer(name, own)
+                self._last = ("", None)
+                self._stored.weights.give_back()
+                known = {"absorbed": torch.tensor(len(found))}
+                self._work.add_layer(done, known)
+            if int(known["absorbed"]):
+                absorbed.update(dict.fromkeys(site.sources, ", ".join(site.readers)))
+        return absorbed
+
+
+@own_numerics()
+def compress_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    batches: Iterable[Batch],
+    config: CompressConfig | None = None,
+    *,
+    memory: str | int = "8GiB",
+    offload: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compresses a model that lies in files into another, within a given memory.
+
+    The weights of one block of the model, its sums, and one batch are held at a time; the rest lies in the files of the
+    model and in a working folder. What is done stays there if the run is stopped, by whatever, and `resume` goes on
+    with it; on one machine the result is then the same bit by bit. The output appears whole, at the end.
+
+    Args:
+        source: a folder with config.json and safetensors files, sharded or not, or a name on the Hugging Face Hub.
+        output: the folder to write; it loads like one that `save_pretrained` has written.
+        batches: calibration calls, as in `compress`.
+        config: what to do; None takes the defaults.
+        memory: what the process may hold, as "8GiB" or in bytes; on a GPU also what it may hold there.
+        offload: the working folder, on a disk with room for it (see `Plan`); None is one beside the output. It is
+            deleted at the end.
+        resume: whether a run that was stopped is gone on with.
+        overwrite: whether a saved model at `output` may be replaced.
+        dtype: of the weights, "float32", "bfloat16" or "float16"; None keeps what is stored.
+        device: where to compute; None is the CPU.
+        trust_remote_code: whether Python code that comes with the model may run.
+        progress: called as progress(done, total, what).
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        OffloadError: memory or disk do not suffice, or the working folder is in use, damaged or another run's.
+        CheckpointError: the model cannot be read, or the output cannot be written.
+        ConfigError, RankError, CaptureError, CalibrationError: as in `compress`.
+    """
+    started = time.perf_counter()
+    check_destination(output, overwrite=overwrite)
+    stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
+    plan = job.plan()
+    work = WorkingFolder(job.folder, job.fingerprint(), resume=resume)
+    finished = False
+    try:
+        remove_drafts(job.output)
+        report, layers = job.run(work, plan, progress)
+        report.seconds = time.perf_counter() - started
+        shard_bytes = max(plan.memory // _SHARE_OF_BLOCK, _LEAST_SHARD)
+        write_model(
+            stored.model,
+            job.output,
+            layers.read,
+            report,
+            source=stored.folder,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+        )
+        finished = True
+        return report
+    finally:
+        work.close(finished=finished)
+
+
+@own_numerics()
+def plan_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    batches: Iterable[Batch],
+    config: CompressConfig | None = None,
+    *,
+    memory: str | int = "8GiB",
+    offload: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `compress_checkpoint` with these arguments would take; nothing is written.
+
+    Raises:
+        PifaError: as there, where it would refuse to start.
+    """
+    stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
+    return job.plan()

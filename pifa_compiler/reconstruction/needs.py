@@ -1,0 +1,153 @@
+"""What a run of `Reconstruction` will take of memory, disk and time, by arithmetic over the captured graph."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.capture import Captured
+from ..graph.run import Block
+from ..memory import format_bytes, resident_bytes
+from .config import CompressConfig
+from .methods import METHODS
+from .selection import FoundLinear
+from .sweep import groups
+
+_SOLVE_COPIES = 8
+"""Matrices of the size of a linear's larger Gram matrix in float64 that its solution holds at once, at the most."""
+
+_SOLVE_PRODUCTS = 12
+"""Products of such matrices that its decompositions and roots take, about; a measured figure of one model."""
+
+_MARGIN = 1.1
+"""For what allocators hold beyond what is asked of them."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes.
+
+    Attributes:
+        process: bytes that are held already: libraries, the graph, the batches.
+        block: bytes of weights, values and sums of the step that takes most, for one batch.
+        solve: bytes of the solution of the widest linear.
+        values: bytes of what is kept of all batches between two steps; in memory or in files.
+        kept: bytes of results on disk.
+        share: of the model's weights, that of the linears to compress.
+        products: multiplications and additions in the model's own precision.
+        solving: the same of solutions.
+    """
+
+    process: int
+    block: int
+    solve: int
+    values: int
+    kept: int
+    share: float
+    products: float
+    solving: float
+
+    @property
+    def least(self) -> int:
+        """Bytes of memory without which nothing works."""
+        return int(self.process + _MARGIN * max(self.block, self.solve))
+
+    def __str__(self) -> str:
+        return (
+            f"{format_bytes(self.process)} are held already, the largest block takes {format_bytes(self.block)}, the "
+            f"widest linear {format_bytes(self.solve)}"
+        )
+
+    def seconds(self, device: torch.device) -> float:
+        """About how long it will take, by the speed of a product measured now."""
+        return self.products / _speed(device, torch.float32) + self.solving / _speed(device, torch.float64)
+
+
+def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: CompressConfig) -> Needs:
+    """What compressing these linears of a captured model will take.
+
+    Args:
+        captured: the model, and the batches.
+        found: the linears to compress.
+        config: what is to be done.
+    """
+    (output,) = captured.graph.graph.find_nodes(op="output")
+    linears = list(found)
+    last = [node for node in output.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    blocks = captured.blocks(last[0] if last else linears[-1])
+    gradients = METHODS[config.method].gradients and config.gradients
+    sizes = {name: parameter for name, parameter in captured.graph.named_parameters(remove_duplicate=False)}
+    batches = len(captured.inputs)
+    largest = max(_block_bytes(block, sizes, found, gradients=gradients) for block in blocks)
+    crossing = {node for block in blocks[:-1] for node in block.outputs}
+    values = batches * sum(map(_bytes, crossing)) * 2
+    tokens = batches * max(_rows(node) for node in linears)
+    shapes = [linear.shape for linear in found.values()]
+    numbers = sum(d_out * d_in for d_out, d_in in shapes)
+    widest = max(max(shape) for shape in shapes)
+    element = next(iter(sizes.values())).element_size()
+    kept = int(numbers * config.density * element)
+    passes, squares = 2, sum(found[group.members[0]].shape[1] ** 2 for group in groups(captured.graph.graph, linears))
+    if gradients:
+        kept += sum(4 * d_out**2 for d_out, _ in shapes) + values // 2
+        passes, squares = 7, squares + sum(d_out**2 for d_out, _ in shapes)
+    return Needs(
+        process=resident_bytes(),
+        block=largest,
+        solve=_SOLVE_COPIES * 8 * widest**2,
+        values=values,
+        kept=kept,
+        share=numbers / max(sum(parameter.numel() for parameter in captured.graph.parameters()), 1),
+        products=2.0 * tokens * (passes * numbers + 2 * squares),
+        solving=2.0 * _SOLVE_PRODUCTS * sum(float(min(shape)) ** 2 * max(shape) for shape in shapes),
+    )
+
+
+def _block_bytes(
+    block: Block, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear], *, gradients: bool
+) -> int:
+    read = {str(node.target) for each in block.nodes for node in each.all_input_nodes if node.op == "get_attr"}
+    weights = sum(sizes[name].numel() * sizes[name].element_size() for name in read if name in sizes)
+    made = sum(map(_bytes, block.nodes)) * (2 if gradients else 1)
+    own = [node for node in block.nodes if node in found]
+    widths = {node.all_input_nodes[0]: found[node].shape[1] for node in own}
+    sums = sum(4 * width**2 for width in widths.values())
+    if gradients:
+        sums += sum(4 * found[node].shape[0] ** 2 for node in own)
+    return weights + made + sums
+
+
+def _rows(node: Node) -> int:
+    shape = node.meta["val"].shape
+    return _count(shape[:-1])
+
+
+def _bytes(node: Node) -> int:
+    leaves: Iterable[object] = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return sum(_count(leaf.shape) * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _count(sizes: Iterable[int | torch.SymInt]) -> int:
+    """A number of elements; sizes that vary are those of the batch that was captured."""
+    number = 1
+    for size in sizes:
+        if not isinstance(size, torch.SymInt):
+            number *= size
+        elif size.node.has_hint():
+            number *= int(size.node.hint)
+    return number
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second of a product of two matrices, the best of a few."""
+    x = torch.ones(768, 768, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        y = x @ x
+        float(y[0, 0])  # waits for it
+        best = min(best, time.perf_counter() - started)
+    return 2 * 768**3 / best
