@@ -92,7 +92,7 @@ def session(
 
 
 def _check_one_runtime() -> None:
-    """Refuses onnxruntime and onnxruntime-gpu side by side: they share a folder, where the later overwrites the earlier.
+    """Refuses onnxruntime and onnxruntime-gpu side by side: they share a folder, and one overwrites the other.
 
     Raises:
         ExportError: both are installed.

@@ -106,7 +106,7 @@ def writes_between(first: Node, last: Node) -> bool:
 
 
 def is_removable(node: Node) -> bool:
-    """Whether an unread node can go: it writes nothing, and draws no random numbers, which would shift those of others."""
+    """Whether an unread node can go: it writes nothing and draws no random numbers, which would shift other draws."""
     if node.op in ("placeholder", "output") or may_write(node):
         return False
     if node.op in ("get_attr", "call_module"):

@@ -69,7 +69,7 @@ def unbind_inputs(gm: GraphModule) -> None:
 
 
 def linear_weights(gm: GraphModule) -> dict[Node, int]:
-    """The `get_attr` nodes and bound inputs that are weights of canonical linears, each with the number of its linears."""
+    """The `get_attr` nodes and bound inputs that are weights of canonical linears; each with its number of linears."""
     uses: dict[Node, int] = {}
     for linear in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         arg = linear.args[1]
