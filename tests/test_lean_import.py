@@ -20,7 +20,7 @@ HEAVY = {
 ALLOWED_AT_THE_TOP = {
     "pifa_compiler/cli/": {"typer", "rich"},  # imported by the command only
     "pifa_compiler/checkpoint/quantizer.py": {"transformers"},  # derives from its classes; imported by its registry
-    "kernels/linear_triton_": {"triton"},  # @triton.jit decorates functions; imported by the lowering, where it emits it
+    "kernels/linear_triton_": {"triton"},  # @triton.jit decorates functions; imported where the form is emitted
 }
 """By how a path starts."""
 
