@@ -25,11 +25,11 @@ def mlp_batches() -> list[torch.Tensor]:
     return [torch.randn(64, 32) for _ in range(4)]
 
 
-def llama(**options) -> nn.Module:
+def llama(blocks: int = 2, **options) -> nn.Module:
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=96,
@@ -164,7 +164,7 @@ def test_m_beats_truncated_svd_on_held_out_batches():
 @pytest.mark.parametrize("density", [0.9, 0.5, 0.3])
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_the_density_is_never_exceeded(density, multiple):
-    model = llama()
+    model = llama(blocks=1)
     before = sum(parameter.numel() for parameter in model.parameters())
     report = pc.compress(model, tokens(2), pc.CompressConfig(density=density, method="svd", rank_multiple=multiple))
     assert report.density <= density
@@ -181,7 +181,7 @@ def test_the_density_is_never_exceeded(density, multiple):
 
 
 def test_the_head_and_tied_weights_stay_dense_and_are_reported():
-    tied, untied = llama(tie_word_embeddings=True), llama(tie_word_embeddings=False)
+    tied, untied = (llama(blocks=1, tie_word_embeddings=tied) for tied in (True, False))
     for model, reason in ((tied, "tied to an embedding"), (untied, "output head")):
         report = pc.compress(model, tokens(2), pc.CompressConfig(rank_multiple=1))
         ((name, skipped),) = [(layer.name, layer.skipped) for layer in report.layers if not layer.target]
@@ -392,7 +392,7 @@ def test_what_rounding_the_ranks_leaves_goes_to_other_layers():
 
 def test_gate_and_up_get_one_rank_and_one_order_from_every_allocator():
     for allocator in ALLOCATORS:
-        model = llama()
+        model = llama(blocks=1)
         pc.compress(model, tokens(2), pc.CompressConfig(density=0.6, allocator=allocator, rank_multiple=1))
         for layer in model.model.layers:
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
@@ -402,7 +402,7 @@ def test_gate_and_up_get_one_rank_and_one_order_from_every_allocator():
 
 
 def test_gradients_are_used_by_default_and_only_then():
-    dense, batches = llama(), tokens(4)
+    dense, batches = llama(blocks=1), tokens(4)
     found = {}
     for options in ({}, {"gradients": False}, {"method": "optimal", "allocator": "global"}):
         model = copy.deepcopy(dense)
