@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .regression import Regression
+from .roots import Root, gram_root
 from .statistics import Statistics
 
 
@@ -23,7 +25,7 @@ class MethodOptions:
         mix: f in the target Y = (1 - f) W X_u + f W X_o; the paper's recipe takes 0.25. With a drift the target is
             (1 - f) W X_u + f (W X_o + H_o - H_u): what brings the sum closer to that of the dense model.
         damping: multiple of the Gram matrix's mean diagonal that `optimal` adds to it.
-        gradient_damping: the same of the Gram matrix of the output gradients, in `solve_weighted`.
+        gradient_damping: the same of the Gram matrix of the output gradients.
     """
 
     mix: float = 0.25
@@ -41,7 +43,11 @@ class LowRank:
 
 
 Solve = Callable[..., LowRank]
-"""(weight [out, in] float64, rank) -> factors; of a method with `drift` also (weight, rank, output_cross [out, in])."""
+"""(weight [out, in] float64, rank) -> factors.
+
+Of a method with `drift` also with the keyword output_cross [out, in], one of `Statistics`; of a method with `gradients`
+with gradient_gram [out, out], of any scale.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Method:
         two_flows: whether it looks at the inputs of the compressed model too; if not, the sweep runs the dense only.
         dense_gram: whether a method of two flows wants the dense model's Gram matrix as well.
         drift: whether it makes up for what the values lack that outputs are added to (see `Statistics`).
-        gradients: whether output errors are weighted by output gradients (see `solve_weighted`).
+        gradients: whether output errors are weighted by output gradients (see `optimal`).
         allocator: how ranks are shared out unless asked otherwise, a name in `allocators.ALLOCATORS`.
     """
 
@@ -63,39 +69,6 @@ class Method:
     drift: bool = False
     gradients: bool = False
     allocator: str = "uniform"
-
-
-@dataclass(frozen=True)
-class Root:
-    """S [n, n] with S S^T = A, and its (pseudo-)inverse; `notes` say if A had no Cholesky factor."""
-
-    root: Tensor
-    inverse: Tensor
-    notes: tuple[str, ...] = ()
-
-
-def gram_root(gram: Tensor, tokens: int) -> Root:
-    """A square root of a positive semidefinite [n, n] matrix: Cholesky, or an eigendecomposition where that fails.
-
-    A singular Gram matrix (fewer tokens than channels, a dead channel) is no error: on the directions that the
-    calibration never saw the inverse is 0.
-    """
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    diagonal = factor.diagonal()
-    if not bool(failed) and bool((diagonal.abs() > 1e-7 * diagonal.abs().max()).all()):
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return Root(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
-    values, vectors = torch.linalg.eigh(gram)
-    seen = values > values[-1].clamp(min=0) * len(gram) * torch.finfo(gram.dtype).eps
-    scale = torch.where(seen, values, 0).sqrt()
-    inverse = torch.where(seen, 1 / torch.where(seen, scale, 1), 0)
-    note = f"singular Gram matrix: rank {int(seen.sum())} of {len(gram)} channels from {tokens} tokens"
-    return Root(vectors * scale, inverse[:, None] * vectors.T, (note,))
-
-
-def _divide(numerator: Tensor, root: Root) -> Tensor:
-    """numerator [m, n] times the (pseudo-)inverse of the matrix [n, n] whose root this is."""
-    return numerator @ root.inverse.T @ root.inverse
 
 
 def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +108,8 @@ def svd_llm(statistics: Statistics, options: MethodOptions) -> Solve:
     whitening = gram_root(statistics.dense_gram, statistics.tokens)
 
     def solve(weight: Tensor, rank: int) -> LowRank:
-        u, v = truncate(weight @ whitening.root, rank)
-        return LowRank(u, v @ whitening.inverse, whitening.notes)
+        u, v = truncate(whitening.times(weight), rank)
+        return LowRank(u, whitening.divided(v), whitening.notes)
 
     return solve
 
@@ -151,15 +124,19 @@ def mpifa(statistics: Statistics, options: MethodOptions) -> Solve:
     gram, cross = statistics.gram, statistics.cross
     assert cross is not None  # noqa: S101  no sums of outputs are asked for, which could stand in for it
     mixed = options.mix * cross + (1 - options.mix) * gram  # W times this is sum y x_u^T for the target y
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     start = svd_llm(statistics, options)
-    regularised = gram_root(gram + ridge * eye, statistics.tokens)
+    ridged = gram.clone()
+    ridged.diagonal().add_(ridge)
+    regularised = gram_root(ridged, statistics.tokens)
+
+    def divide(numerator: Tensor, root: Root) -> Tensor:
+        return root.divided(root.divided_transposed(numerator))
 
     def solve(weight: Tensor, rank: int) -> LowRank:
         first = start(weight, rank)
         target = weight @ mixed
-        u = _divide(target @ first.v.T, gram_root(first.v @ gram @ first.v.T, statistics.tokens))
-        full = _divide(target + ridge * weight, regularised)
+        u = divide(target @ first.v.T, gram_root(first.v @ gram @ first.v.T, statistics.tokens))
+        full = divide(target + ridge * weight, regularised)
         return LowRank(u, torch.linalg.pinv(u) @ full, first.notes)
 
     return solve
@@ -171,67 +148,20 @@ def optimal(statistics: Statistics, options: MethodOptions) -> Solve:
     With L L^T = A + eps I and T = W (f B + (1 - f) A + eps I), the rank-r truncation of T L^-T, times L^-1. The
     regulariser, eps = damping * mean diagonal of A, pulls towards W and not towards 0. Where the statistics have a sum
     of outputs, it takes the place of W B.
-    """
-    gram, f = statistics.gram, options.mix
-    eps = options.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    whitening = gram_root(gram + eps, statistics.tokens)
-    kept = ((1 - f) * gram + eps) @ whitening.inverse.T
-    whitened = None if statistics.cross is None else kept + f * statistics.cross @ whitening.inverse.T
-    few = statistics.tokens < len(gram)
-    notes = (*whitening.notes, *((f"{statistics.tokens} tokens for {len(gram)} channels",) if few else ()))
 
-    def solve(weight: Tensor, rank: int, output_cross: Tensor | None = None) -> LowRank:
-        if output_cross is not None:
-            target = weight @ kept + f * output_cross @ whitening.inverse.T
-        else:
-            assert whitened is not None  # noqa: S101  B is missing only where all linears have sums of outputs
-            target = weight @ whitened
-        u, v = truncate(target, rank)
-        return LowRank(u, v @ whitening.inverse, notes)
+    Where an error e at the output costs e^T G e, it is the rank-r truncation of R T L^-T, R^T R = G, between R^-1 and
+    L^-1. With G the Gram matrix of the gradients at the output, `gradient_damping` of its mean diagonal added to it,
+    that is to second order and in K-FAC's form how far predictions move; see `gradients`.
+    """
+    regression = Regression(statistics, mix=options.mix, damping=options.damping)
+
+    def solve(
+        weight: Tensor, rank: int, output_cross: Tensor | None = None, gradient_gram: Tensor | None = None
+    ) -> LowRank:
+        u, v, notes = regression.solve(weight, rank, output_cross, gradient_gram, options.gradient_damping)
+        return LowRank(u, v, notes)
 
     return solve
-
-
-def solve_weighted(
-    solve: Solve, weight: Tensor, rank: int, gradient_gram: Tensor, options: MethodOptions, *output_cross: Tensor
-) -> LowRank:
-    """A method's answer where an error e at the output costs e^T G e instead of e^T e.
-
-    The weight R W with R^T R = G is made low-rank, and R taken off again: for `optimal` that is the exact minimiser,
-    the rank-r truncation of R T L^-T, between R^-1 and L^-1. With G the Gram matrix of the gradients at the output
-    this is, to second order and in K-FAC's form, how far predictions move; see `output_gradients`.
-
-    Args:
-        solve: what the method's `prepare` gave.
-        weight: [out, in], float64.
-        rank: of the result.
-        gradient_gram: G, [out, out], any scale; `options.gradient_damping` of its mean diagonal is added to it.
-        options: of the method.
-        output_cross: [out, in], float64, where a method asks for it and there is one.
-    """
-    gram = gradient_gram.double()
-    scale = float(gram.diagonal().mean())
-    if scale <= 0:  # nothing downstream reads this output, so no error matters more than another
-        return solve(weight, rank, *output_cross)
-    root = damped_root(gram / scale, options.gradient_damping)
-    found = solve(root.root.T @ weight, rank, *(root.root.T @ each for each in output_cross))
-    return LowRank(root.inverse.T @ found.u, found.v, (*found.notes, *root.notes))
-
-
-def damped_root(gram: Tensor, damping: float) -> Root:
-    """A square root of gram + damping I, both of it positive semidefinite but for rounding, gram [n, n].
-
-    Sums in float32 have small negative eigenvalues, which a small damping does not make up for: they count as 0.
-    """
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + damping * eye)
-    # A factor that rounding alone kept from failing has columns without meaning.
-    if not bool(failed) and bool((factor.diagonal().square() >= damping / 2).all()):
-        return Root(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    scale = (values.clamp(min=0) + damping).sqrt()
-    note = f"Gram matrix of the output gradients is not positive definite at damping {damping:g}: eigenvalues clamped"
-    return Root(vectors * scale, (vectors / scale).T, (note,))
 
 
 METHODS: Mapping[str, Method] = {

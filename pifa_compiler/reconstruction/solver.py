@@ -12,7 +12,7 @@ from ..factors import PifaFactors, Pivoting, factorize, factorize_jointly
 from ..graph.linears import read_weight, weight_name
 from ..graph.weights import Weights
 from ..report import LayerReport
-from .methods import Method, MethodOptions, solve_weighted
+from .methods import Method, MethodOptions
 from .selection import RankedLinear
 from .statistics import Statistics, relative_error
 from .sweep import Group
@@ -70,12 +70,10 @@ class GroupSolver:
         low_rank = {}
         for node in group.members:
             rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
-            gram = self.gradient_grams.get(name)
-            sums = [statistics.output_cross[name]] if name in statistics.output_cross else []
-            if rank is not None and gram is not None:
-                low_rank[node] = solve_weighted(make_low_rank, weight, rank, gram, self.options, *sums)
-            elif rank is not None:
-                low_rank[node] = make_low_rank(weight, rank, *sums)
+            sums = {"output_cross": statistics.output_cross.get(name), "gradient_gram": self.gradient_grams.get(name)}
+            known = {what: matrix for what, matrix in sums.items() if matrix is not None}
+            if rank is not None:
+                low_rank[node] = make_low_rank(weight, rank, **known)
         solved: dict[Node, Solved] = {}
         for nodes in _sets_of_one_order(low_rank, self.linears, self.one_order):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
