@@ -39,7 +39,7 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
     arguments comes as a statement too, whose result nobody reads. Samples that the eager operator refuses are left out.
 
     Args:
-        one_kind: what writes to its arguments comes as a statement only, and complex numbers as functions only.
+        one_kind: what writes to its arguments comes as a statement only.
     """
     if not op.supports_dtype(dtype, "cpu"):
         return
@@ -49,8 +49,6 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
         name = f"{op.name}{'.' if op.variant_test_name else ''}{op.variant_test_name} {dtype} sample {i}"
         undefined = op.name in UNDEFINED
         for form, function in forms(op).items():
-            if one_kind and dtype.is_complex and form != "function":
-                continue
             program = Program(f"{name} {form}", _call(function), args, kwargs, undefined)
             outcome = eager_outcome(program)
             if outcome is None:
@@ -68,8 +66,7 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
                     continue
                 if not one_kind:
                     yield with_out
-                if not (one_kind and dtype.is_complex):
-                    yield Program(f"{with_out.name} as a statement", statement, args, with_out.kwargs, undefined)
+                yield Program(f"{with_out.name} as a statement", statement, args, with_out.kwargs, undefined)
 
 
 def with_low_rank_weights(program: Program) -> Program | None:
