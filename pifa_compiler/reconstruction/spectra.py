@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .roots import Root, congruence, gram_root
 
@@ -95,7 +96,10 @@ def eigenpairs(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     # The rest of the matrix, with the leading vectors where its smallest eigenvalue lies: below all others.
     taken = image - leading @ (leading.T @ image) / 2 + values[0] / 2 * leading
     exact.addmm_(taken, leading.T, alpha=-1).addmm_(leading, taken.T, alpha=-1)
-    others, vectors = torch.linalg.eigh(exact.float())
+    try:
+        others, vectors = torch.linalg.eigh(exact.float())
+    except LinAlgError:  # LAPACK gives up in float32 where little but subnormal numbers is left
+        return eigenpairs(symmetric.double())
     rest = vectors[:, len(values) :].double()
     rest.addmm_(leading, leading.T @ rest, alpha=-1)
     return torch.cat((others[len(values) :].double(), values)), torch.cat((rest, leading), dim=1)
@@ -124,8 +128,8 @@ def excess_loss(
 
     To second order in the noise D = S - V diag(values) V^T the excess is the sum, over vectors i that are kept and j
     that are not, of D_ij^2 / (value_i - value_j), and no more than D_ij where that is less. Random signs z show the
-    noise of each row, D z, and D_ij^2 is taken as it would be if the noise of rows were independent. The leading n / 32
-    vectors, whose own noise is of no consequence, are left out of z.
+    noise of each row, D z, and D_ij^2 is taken as it would be if the noise of rows were independent. Vectors that are
+    far above the last one kept are left out of z: their own noise is large and of no consequence.
 
     Args:
         apply: z [n, k] -> S z, in float64; S is the exact matrix, [n, n].
@@ -134,19 +138,22 @@ def excess_loss(
         probes: number of vectors z. With 8 the result is within a factor of 3 of what it is with n.
 
     Returns:
-        The share; infinity if there is noise and nothing is lost.
+        The share; infinity if the noise may be all that is lost.
     """
     if rank >= len(values):
         return 0.0
     generator = torch.Generator(device="cpu").manual_seed(0)
     signs = torch.randint(0, 2, (len(values), probes), generator=generator).double().mul_(2).sub_(1)
-    others = vectors[:, : -max(len(values) // 32, 1)]
+    near = int((values <= 100 * values[-rank].clamp(min=0)).sum())
+    near = max(near, len(values) - rank)
+    others = vectors[:, :near]
     coordinates = others.T @ signs.to(values.device)
     noise = vectors.T @ apply(others @ coordinates)
-    noise[: len(coordinates)] -= values[: len(coordinates), None] * coordinates
+    noise[:near] -= values[:near, None] * coordinates
     energy = noise.square().mean(dim=1)
-    pairs = energy[-rank:, None] * energy[:-rank] / energy[: len(coordinates)].sum().clamp(min=1e-300)
+    pairs = energy[-rank:, None] * energy[:-rank] / energy[:near].sum().clamp(min=1e-300)
     gaps = values[-rank:, None] - values[:-rank]
     excess = float((pairs / torch.maximum(gaps, pairs.sqrt()).clamp(min=1e-300)).sum())
-    lost = float(values[:-rank].clamp(min=0).sum())
-    return excess / lost if lost > 0 else float("inf") if excess > 0 else 0.0
+    # The trace of the noise is at most its Frobenius norm times the root of its size.
+    lost = float(values[:-rank].sum() - (energy[:-rank].sum() * (len(values) - rank)).sqrt())
+    return excess / lost if lost > 0 else float("inf")
