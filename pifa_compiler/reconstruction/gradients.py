@@ -262,7 +262,9 @@ class _Walk:
                     del logits
                 else:
                     gradients = self.gradients.get(batch)
-                self.gradients.put(batch, self._back(record, gradients, batch, sums))
+                gradients = self._back(record, gradients, batch, sums)
+                self.gradients.put(batch, {})  # what this block adds to has another value now
+                self.gradients.put(batch, gradients)
             self.values.drop(batch, set(before))  # going back through the block before makes them anew
         for node in block.nodes:
             if node in self.linears:
