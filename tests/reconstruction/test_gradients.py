@@ -84,6 +84,34 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(torch.linalg.norm(got.float() - wanted) / torch.linalg.norm(wanted))
 
 
+def test_gradients_of_a_value_that_crosses_several_blocks_add_up(monkeypatch):
+    monkeypatch.setattr(output_gradients, "_signs", lambda count, generator: torch.ones(count))
+    monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: False)
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(16, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+
+        def forward(self, tokens):
+            h = first = self.layers[0](self.embedding(tokens))
+            for layer in self.layers[1:]:
+                h = layer(h).tanh() + first
+            return h @ self.embedding.weight.T
+
+    model, tokens = Skips(), torch.randint(0, 16, (2, 6))
+    captured = capture(model, [tokens])
+    predictions = find_predictions(captured)
+    assert not isinstance(predictions, str)
+    found = dense_statistics(captured, linears_of(captured), predictions)
+    met = []
+    model.layers[0].register_forward_hook(lambda m, x, y: met.append(y))
+    (g,) = torch.autograd.grad(2 * model(tokens).softmax(dim=-1).sqrt().sum(), met)
+    g = g.reshape(-1, 8)
+    assert relative_error(found.gradient_gram["layers.0.weight"], g.T @ g) < 1e-4  # float32 through nine layers
+
+
 @pytest.mark.parametrize(("tokens", "stride"), [(4096, 2), (2048, 1), (30, 1)])
 def test_for_ranks_inputs_are_summed_of_as_few_tokens_as_will_do_and_gradients_of_all(tokens, stride):
     widest = 128  # so that 2048 tokens will do
