@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from .checkpoint.shards import write_model
 from .compress import check_token_ids
-from .errors import OffloadError
+from .errors import CalibrationError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
 from .files import check_destination, remove_drafts
 from .graph.capture import Batch, capture
@@ -25,10 +26,11 @@ from .linear import PifaLinear
 from .memory import format_bytes, parse_bytes
 from .modules import count_numbers
 from .numerics import own_numerics
+from .processes import Processes
 from .reconstruction.config import CompressConfig
 from .reconstruction.needs import Needs, needs_of
 from .reconstruction.reconstruct import Reconstruction
-from .reconstruction.selection import left_dense, select_linears
+from .reconstruction.selection import RankedLinear, left_dense, select_linears
 from .reconstruction.solver import Solved
 from .reconstruction.sweep import Group, Progress, groups
 from .reconstruction.value_store import Room
@@ -62,6 +64,10 @@ class Plan:
     output: int
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "least_memory": self.needs.least}
+
 
 class _Job:
     """One run over a model's files."""
@@ -76,6 +82,11 @@ class _Job:
         offload: str | os.PathLike[str] | None,
         device: torch.device | None,
     ) -> None:
+        self.processes = Processes()
+        if len(calls) < self.processes.size:
+            raise CalibrationError(
+                f"{len(calls)} calibration batches cannot be split over {self.processes.size} processes; give more"
+            )
         self.stored, self.config, self.memory = stored, config, memory
         self.output = output.expanduser().resolve()
         self.folder = self.output.with_name(f".{self.output.name}.run") if offload is None else Path(offload)
@@ -136,30 +147,44 @@ class _Job:
             "device": self.device.type,
             "data": data.hexdigest(),
             "versions": {name: version(name) for name in packages},
+            "processes": self.processes.size,
         }
 
-    def run(self, work: WorkingFolder, plan: Plan, progress: Progress | None) -> tuple[Report, "_Layers"]:
-        """Makes the factors, in the working folder, and puts layers without values into the model."""
+    def reconstruct(
+        self, work: WorkingFolder, plan: Plan, report: Report, progress: Progress | None
+    ) -> dict[Node, RankedLinear]:
+        """Makes the factors, in the working folder; the rank of every linear."""
         work.bind(self.captured.graph)
-        model, selection = self.stored.model, self.selection
-        report = Report(self.config.method, self.config.density, params_before=count_numbers(model))
-        room = Room(plan.values_in_memory, work.values, torch.device("cpu") if self.device.type != "cpu" else None)
         reconstruction = Reconstruction(
-            self.captured, selection.found, selection.one_order, self.config, work, room=room, progress=progress
+            self.captured,
+            self.selection.found,
+            self.selection.one_order,
+            self.config,
+            work,
+            room=Room(plan.values_in_memory, work.values, torch.device("cpu")),
+            progress=progress,
+            processes=self.processes,
         )
         ranked = reconstruction.run()
         if reconstruction.no_gradients is not None:
             report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
         report.activation_bytes = reconstruction.peak_bytes
+        for note in (*reconstruction.notes, *self.captured.masks.notes()):
+            report.note(note)
+        return ranked
+
+    def assemble(self, work: WorkingFolder, ranked: Mapping[Node, RankedLinear], report: Report) -> "_Layers":
+        """Puts layers without values into the model, and completes the report."""
+        model, graph = self.stored.model, self.captured.graph
         active = [node for node, linear in ranked.items() if linear.rank is not None]
-        layers = _Layers(self.stored, work, groups(self.captured.graph.graph, active))
-        absorbed = layers.absorb(selection.sites)
-        report.layers = selection.layers(self.captured.graph, (*left_dense(ranked), *layers.reports()), absorbed)
+        layers = _Layers(self.stored, work, groups(graph.graph, active))
+        absorbed = layers.absorb(self.selection.sites) if self.processes.is_first else {}
+        report.layers = self.selection.layers(graph, (*left_dense(ranked), *layers.reports()), absorbed)
         for layer in report.factorized:
             model.set_submodule(layer.name, layers.without_values(layer.name))
         report.params_after = count_numbers(model)
-        report.describe_rest(model, (*reconstruction.notes, *self.captured.masks.notes()))
-        return report, layers
+        report.describe_rest(model)
+        return layers
 
 
 class _Layers:
@@ -290,6 +315,9 @@ def compress_checkpoint(
     model and in a working folder. What is done stays there if the run is stopped, by whatever, and `resume` goes on
     with it; on one machine the result is then the same bit by bit. The output appears whole, at the end.
 
+    Processes that torchrun has started together (`torch.distributed` is initialized) share the batches and the linears;
+    all read the same files, and the first writes.
+
     Args:
         source: a folder with config.json and safetensors files, sharded or not, or a name on the Hugging Face Hub.
         output: the folder to write; it loads like one that `save_pretrained` has written.
@@ -318,12 +346,19 @@ def compress_checkpoint(
     stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
     plan = job.plan()
-    work = WorkingFolder(job.folder, job.fingerprint(), resume=resume)
+    work = WorkingFolder(job.folder, job.fingerprint(), resume=resume, processes=job.processes)
     finished = False
     try:
-        remove_drafts(job.output)
-        report, layers = job.run(work, plan, progress)
+        if job.processes.is_first:
+            remove_drafts(job.output)
+        report = Report(job.config.method, job.config.density, params_before=count_numbers(stored.model))
+        ranked = job.reconstruct(work, plan, report, progress)
+        job.processes.wait()
+        layers = job.assemble(work, ranked, report)
         report.seconds = time.perf_counter() - started
+        job.processes.wait()  # the first deletes at the end what the others have read now
+        if not job.processes.is_first:
+            return report
         shard_bytes = max(plan.memory // _SHARE_OF_BLOCK, _LEAST_SHARD)
         write_model(
             stored.model,

@@ -48,6 +48,10 @@ class CacheError(PifaError, OSError):
     """There is no place to keep what is built or fetched."""
 
 
+class ProcessError(PifaError):
+    """One of several processes that share a run cannot be reached, or is gone."""
+
+
 class DeviceError(PifaError, ValueError):
     """A device is unknown, not there, or has too little memory."""
 

@@ -1,8 +1,9 @@
 """The command line `pifa`: each verb parses, calls and prints, in a file of its own; this one puts them together.
 
-Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 interrupted.
+Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 interrupted, 143 terminated.
 """
 
+import signal
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -23,8 +24,17 @@ class _Verbs(TyperGroup):
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from interrupt
+            terminated = isinstance(interrupt, _Terminated)
+            typer.echo("terminated" if terminated else "interrupted", err=True)
+            raise typer.Exit(143 if terminated else 130) from interrupt
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: what is half done is cleaned up as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 app = typer.Typer(
@@ -38,6 +48,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line on the arguments of the program."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="pifa")
 
 

@@ -1,6 +1,9 @@
 """`pifa compress`: a model's linears low-rank, saved in PIFA form."""
 
-from typing import Annotated
+import contextlib
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +27,9 @@ from .options import (
     device_of,
 )
 from .output import print_json, progress, work
+
+_MEMORY = "8GiB"
+"""What is held if --offload, --resume or --dry-run is given without --memory."""
 
 EXAMPLE = "Example: pifa compress HuggingFaceTB/SmolLM2-135M -o smol-pifa --density 0.6 --data wikitext2"
 
@@ -68,11 +74,31 @@ def compress_verb(
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Hold no more than this, such as 8GiB; weights then stay in their files.",
+        ),
+    ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --memory: where results are kept until the end. Default: beside DIR."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run with --memory that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --memory: say what the run would take, and stop.")
+    ] = False,
     force: Force = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model's linears low-rank and save it in PIFA form."""
+    """Make a model's linears low-rank and save it in PIFA form.
+
+    With --memory the model may be larger than memory: its weights stay in their files and are read block by block. What
+    such a run has done is kept when it is stopped, by whatever, and --resume goes on. Several processes can share it:
+    torchrun --nproc-per-node 2 -m pifa_compiler compress ...
+    """
     from .. import CompressConfig, compress
 
     place = device_of(device)
@@ -92,24 +118,52 @@ def compress_verb(
         )
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    with work(as_json, place):
+    in_files = memory is not None or offload is not None or resume or dry_run
+    if in_files and data == "self":
+        raise typer.BadParameter("--data self needs the model in memory: take another text, or leave --memory out")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(work(as_json, place))
         from ..checkpoint import save_pretrained
+        from ..compress_checkpoint import compress_checkpoint, plan_checkpoint
         from ..device import device_name
         from ..files import check_destination
         from ..hf.loading import load_model, load_tokenizer
+        from ..hf.stored_model import open_model
         from ..hf.text import calibration_batches, read_text
+        from ..processes import joined
 
+        processes = stack.enter_context(joined(os.environ, place))
         check_destination(output, overwrite=force)
         if data != "self":
             read_text(data, "calibration")  # a missing text is refused before the weights are read
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+        if processes.size > 1 and not in_files:
+            raise typer.BadParameter("several processes share a run over files: give --memory")
+        if in_files:
+            model = open_model(name, dtype=dtype, trust_remote_code=trust_remote_code).model
+        else:
+            model = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
-        with progress("compressing", as_json) as tell:
-            report = compress(model, batches, config, progress=tell)
-        save_pretrained(model, output, tokenizer=tokenizer, report=report, overwrite=force)
         at = device_name(place)
-    if as_json:
+        options: dict[str, Any] = {"memory": memory or _MEMORY, "offload": offload, "dtype": dtype, "device": place}
+        options["trust_remote_code"] = trust_remote_code
+        if dry_run:
+            plan = plan_checkpoint(name, output, batches, config, **options)
+        else:
+            with progress("compressing", as_json or not processes.is_first) as tell:
+                if in_files:
+                    options |= {"resume": resume, "overwrite": force, "progress": tell}
+                    report = compress_checkpoint(name, output, batches, config, **options)
+                else:
+                    report = compress(model, batches, config, progress=tell)
+                    save_pretrained(model, output, tokenizer=tokenizer, report=report, overwrite=force)
+    if not processes.is_first:
+        return
+    if dry_run and as_json:
+        print_json({**plan.to_dict(), "device": at})
+    elif dry_run:
+        tables.plan(plan, at)
+    elif as_json:
         print_json({**report.to_dict(), "output": str(output), "bytes": tables.folder_bytes(output), "device": at})
     else:
         tables.summary(report, output, data, at)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from ..memory import format_bytes
 from ..report import Report
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..bench.model import ModelRow
     from ..bench.onnx import OnnxRow
     from ..checkpoint.inspect import Inspection
+    from ..compress_checkpoint import Plan
 
 _PIPED_WIDTH = 160
 
@@ -52,6 +54,23 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
         ("", f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(output))})"),
     ]
     _print_rows(console, rows)
+
+
+def plan(found: "Plan", device: str) -> None:
+    """What `pifa compress --dry-run` says."""
+    needs = found.needs
+    rows = [
+        ("memory", f"{format_bytes(found.memory)} given, {format_bytes(needs.least)} is the least"),
+        ("held already", format_bytes(needs.process)),
+        ("largest block", f"{format_bytes(needs.block)}: weights, values of one batch, sums"),
+        ("widest linear", f"{format_bytes(needs.solve)} to solve it"),
+        ("values", f"{format_bytes(needs.values)} of all batches, {format_bytes(found.values_in_memory)} in memory"),
+        ("working folder", f"{format_bytes(found.working_folder)} at most"),
+        ("output", f"about {format_bytes(found.output)}"),
+        ("products", f"{needs.products / 1e12:,.1f} TFLOP, and {needs.solving / 1e12:,.1f} to solve"),
+        ("time", f"about {found.seconds / 60:,.0f} minutes on {device}, by the speed of a product now"),
+    ]
+    _print_rows(_console(), rows)
 
 
 def layers(found: "Inspection", folder: Path) -> None:

@@ -34,6 +34,7 @@ from ..graph.capture import Captured
 from ..graph.linears import weight_name
 from ..graph.predictions import Predictions
 from ..graph.run import Block, Values, run_block
+from ..processes import Processes
 from .statistics import DenseStatistics, DenseSums
 from .sweep import Progress, gram_matrix, tokens_as_rows
 from .value_store import Room, ValueStore
@@ -44,8 +45,8 @@ _ROWS = 32
 _TOKENS_FOR_RANKS = 16
 """Tokens for every channel of the widest input: sums of more hardly change the ranks."""
 
-Keep = Callable[[Node, DenseSums], None]
-"""Called with a linear and its sums once they are complete; what it does not keep is forgotten."""
+Keep = Callable[[Mapping[Node, DenseSums]], None]
+"""Called with linears and their sums once they are complete; what it does not keep is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class BlockDone:
 
     Attributes:
         block: its number, counted from the first of the graph.
-        gradients: for every batch, the gradients at the values that cross into it.
+        gradients: for each of the process's batches, the gradients at the values that cross into it.
         bfloat16: whether they were computed in bfloat16.
     """
 
@@ -74,6 +75,7 @@ def sum_dense(
     room: Room | None = None,
     done: BlockDone | None = None,
     save: Callable[[BlockDone], None] | None = None,
+    processes: Processes | None = None,
 ) -> list[str]:
     """Sums over all batches, for the linears given, what `DenseSums` holds.
 
@@ -90,6 +92,7 @@ def sum_dense(
         room: where the values that cross between blocks may lie.
         done: where an earlier run came to, which has kept the sums of this block and all behind it.
         save: called after each block on the way back, before the next.
+        processes: those that share the batches; None is this one alone.
 
     Returns:
         What was out of the ordinary.
@@ -103,7 +106,7 @@ def sum_dense(
     bfloat16, notes = has_bfloat16_units(device), list[str]()
     stride = _stride(captured, linears, predictions) if for_ranks else 1
     while True:
-        walk = _Walk(captured, linears, predictions, stride, bfloat16, keep, room or Room())
+        walk = _Walk(captured, linears, predictions, stride, bfloat16, keep, room or Room(), processes or Processes())
         try:
             walk.run(progress, done if done is not None and done.bfloat16 == bfloat16 else None, save)
             return notes
@@ -186,6 +189,18 @@ class _Sums:
     tokens: dict[Node, int] = field(default_factory=dict)
     gradient_gram: dict[Node, Tensor] = field(default_factory=dict)
 
+    def add_those_of_others(self, processes: Processes) -> None:
+        """Makes the sums those of all processes."""
+        if processes.size == 1:
+            return
+        nodes = {node.name: node for node in (*self.gram, *self.gradient_gram)}
+        own = {f"tokens {node.name}": torch.tensor(count) for node, count in self.tokens.items()}
+        for part in ("gram", "sum_abs", "gradient_gram"):
+            own |= {f"{part} {node.name}": tensor for node, tensor in getattr(self, part).items()}
+        for key, total in processes.sum(own).items():
+            part, _, name = key.partition(" ")
+            getattr(self, part)[nodes[name]] = int(total) if part == "tokens" else total
+
 
 class _NotFiniteError(CalibrationError):
     """A gradient is NaN or infinite."""
@@ -203,9 +218,11 @@ class _Walk:
         bfloat16: bool,
         keep: Keep,
         room: Room,
+        processes: Processes,
     ) -> None:
         self.captured, self.predictions, self.linears = captured, predictions, frozenset(linears)
         self.stride, self.bfloat16, self.keep = stride, bfloat16, keep
+        self.processes, self.own = processes, processes.own(len(captured.inputs))
         self.blocks = captured.blocks(predictions.logits)
         self.device = _tokens_of(captured, predictions)[0].device
         self.placeholders = captured.graph.graph.find_nodes(op="placeholder")
@@ -221,19 +238,19 @@ class _Walk:
 
         if behind == 0:
             return
-        for batch, inputs in enumerate(self.captured.inputs):
-            self.values.put(batch, dict(zip(self.placeholders, inputs, strict=True)))
+        for batch in self.own:
+            self.values.put(batch, dict(zip(self.placeholders, self.captured.inputs[batch], strict=True)))
         for index, block in enumerate(self.blocks[: behind - 1]):
             self._forward(block)
             tell(index + 1)
         if done is not None:
-            for batch, gradients in enumerate(done.gradients):
+            for batch, gradients in zip(self.own, done.gradients, strict=True):
                 self.gradients.put(batch, gradients)
         for index in reversed(range(behind)):
             self._backward(index)
             tell(steps - index)
             if save is not None:
-                crossing = [self.gradients.get(batch) for batch in range(len(self.captured.inputs))]
+                crossing = [self.gradients.get(batch) for batch in self.own]
                 save(BlockDone(index, crossing, self.bfloat16))
         self.gradients.clear()
 
@@ -241,7 +258,7 @@ class _Walk:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _batches(self) -> Iterator[int]:
-        yield from range(len(self.captured.inputs))
+        yield from self.own
         self.captured.weights.give_back()
 
     @torch.no_grad()
@@ -266,9 +283,8 @@ class _Walk:
                 self.gradients.put(batch, {})  # what this block adds to has another value now
                 self.gradients.put(batch, gradients)
             self.values.drop(batch, set(before))  # going back through the block before makes them anew
-        for node in block.nodes:
-            if node in self.linears:
-                self._hand_over(node, sums)
+        sums.add_those_of_others(self.processes)
+        self.keep({node: _complete(node, sums) for node in block.nodes if node in self.linears})
 
     def _crossing(self, block: Block, batch: int) -> Values:
         read = {parent for node in block.nodes for parent in node.all_input_nodes}
@@ -278,15 +294,6 @@ class _Walk:
         counts = self.captured.masks.rows(self.predictions.logits, batch, logits.shape[:2])
         mask = None if counts is None else counts.view(logits.shape[:2])
         return _logits_gradient(logits, mask, torch.Generator().manual_seed(batch))
-
-    def _hand_over(self, node: Node, sums: _Sums) -> None:
-        source, gram = node.all_input_nodes[0], sums.gradient_gram.get(node)
-        if gram is not None and not bool(torch.isfinite(gram).all()):
-            raise _NotFiniteError(
-                f"the gradient at the output of {weight_name(node)} is not finite; calibrate in float32, "
-                "or pass gradients=False (--no-gradients)"
-            )
-        self.keep(node, DenseSums(sums.gram[source], gram, sums.sum_abs[source], sums.tokens[source]))
 
     def _sum_inputs(self, source: Node, values: Values, batch: int, sums: _Sums) -> None:
         readers = [weight_name(user).removesuffix(".weight") for user in source.users if user in self.linears]
@@ -347,6 +354,16 @@ class _Walk:
                 mask = self.captured.masks.rows(node.all_input_nodes[0], batch, gradient.shape[:-1])
                 _add(sums.gradient_gram, node, _gram_matrix(tokens_as_rows(gradient, mask)))
         return before
+
+
+def _complete(linear: Node, sums: _Sums) -> DenseSums:
+    source, gram = linear.all_input_nodes[0], sums.gradient_gram.get(linear)
+    if gram is not None and not bool(torch.isfinite(gram).all()):
+        raise _NotFiniteError(
+            f"the gradient at the output of {weight_name(linear)} is not finite; calibrate in float32, "
+            "or pass gradients=False (--no-gradients)"
+        )
+    return DenseSums(sums.gram[source], gram, sums.sum_abs[source], sums.tokens[source])
 
 
 def has_bfloat16_units(device: torch.device) -> bool:

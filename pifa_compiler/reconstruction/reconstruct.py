@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
 from torch.fx import Node
 
 from ..errors import DerivativeError
 from ..graph.capture import Captured
 from ..graph.linears import read_weight, weight_name
 from ..graph.predictions import find_predictions
+from ..processes import Processes
 from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
 from .gradients import BlockDone, Keep, sum_dense
@@ -44,6 +44,7 @@ def sum_gradients(
     for_ranks: bool = False,
     room: Room | None = None,
     save: Blocks | None = None,
+    processes: Processes | None = None,
 ) -> tuple[str | None, tuple[str, ...]]:
     """`sum_dense` for models that have gradients: why this one has none, or None, and what was out of the ordinary."""
     predictions = find_predictions(captured)
@@ -52,7 +53,16 @@ def sum_gradients(
     done, add = (None, None) if save is None else (save.last_block(), save.add_block)
     try:
         notes = sum_dense(
-            captured, linears, predictions, keep, progress, for_ranks=for_ranks, room=room, done=done, save=add
+            captured,
+            linears,
+            predictions,
+            keep,
+            progress,
+            for_ranks=for_ranks,
+            room=room,
+            done=done,
+            save=add,
+            processes=processes,
         )
     except DerivativeError as error:
         return str(error), ()
@@ -66,13 +76,13 @@ def sum_inputs(
     progress: Progress | None = None,
     *,
     room: Room | None = None,
+    processes: Processes | None = None,
 ) -> None:
     """Sums the inputs of linears in the dense model, group by group, without gradients."""
 
     def hand_over(group: Group, sums: Statistics) -> dict[Node, Replacement]:
         own = DenseSums(sums.gram.float(), None, (sums.mean_abs * sums.tokens).float(), sums.tokens)
-        for node in group.members:
-            keep(node, own)
+        keep(dict.fromkeys(group.members, own))
         return {}
 
     def tell(done: int, total: int, what: str) -> None:
@@ -80,7 +90,7 @@ def sum_inputs(
             progress(done, total, f"dense model: {what}")
 
     if linears:
-        Sweep(captured, linears, flows="dense", room=room).run(hand_over, tell)
+        Sweep(captured, linears, flows="dense", room=room, processes=processes).run(hand_over, tell)
 
 
 @dataclass
@@ -96,6 +106,7 @@ class Reconstruction:
         statistics: what is known of the dense model already; None if nothing is.
         room: where values between two steps may lie.
         progress: called as progress(done, total, what).
+        processes: those that share the run.
         no_gradients: why output errors are not weighted by gradients, though the method asks for that.
         notes: what was out of the ordinary.
         peak_bytes: the most that values between two steps have taken of memory.
@@ -109,6 +120,7 @@ class Reconstruction:
     statistics: DenseStatistics | None = None
     room: Room = field(default_factory=Room)
     progress: Progress | None = None
+    processes: Processes = field(default_factory=Processes)
     no_gradients: str | None = None
     notes: tuple[str, ...] = ()
     peak_bytes: int = 0
@@ -125,6 +137,7 @@ class Reconstruction:
             OffloadError: results or values cannot be written.
         """
         self._measure()
+        self.processes.wait()  # until the first has kept what all read
         ranked = give_ranks(
             self.found,
             self.one_order,
@@ -157,32 +170,41 @@ class Reconstruction:
         for node in self.found:
             name = weight_name(node)
             gram = statistics.gradient_gram.get(name) if gradients else None
-            if allocator.look is None:
-                self._add(allocator, node, None, gram)
-            else:
-                self._add(allocator, node, statistics.of_input(name).gram, gram)
+            seen = Seen()
+            if allocator.look is not None:
+                weight = read_weight(self.captured.weights, node)
+                seen = allocator.look_at(name, weight, statistics.of_input(name).gram, gram)
+            self.results.add_linear(node, seen, gram)
 
     def _sum(self, allocator: Allocator, *, gradients: bool) -> None:
-        def keep(node: Node, sums: DenseSums) -> None:
-            self._add(allocator, node, sums.gram, sums.gradient_gram)
+        def keep(linears: Mapping[Node, DenseSums]) -> None:
+            looked: dict[str, Seen] = {}
+            for place in self.processes.own(len(linears)):
+                node, sums = list(linears.items())[place]
+                weight = read_weight(self.captured.weights, node)
+                looked[node.name] = allocator.look_at(weight_name(node), weight, sums.gram, sums.gradient_gram)
+            for each in self.processes.gather(looked):
+                looked |= each
+            for node, sums in linears.items():
+                self.results.add_linear(node, looked[node.name], sums.gradient_gram)
 
         if gradients:
             self.no_gradients, self.notes = sum_gradients(
-                self.captured, list(self.found), keep, self.progress, for_ranks=True, room=self.room, save=self.results
+                self.captured,
+                list(self.found),
+                keep,
+                self.progress,
+                for_ranks=True,
+                room=self.room,
+                save=self.results,
+                processes=self.processes,
             )
         pending = []
         for node in self.found:
             seen = self.results.seen(node)
             if seen is None or (seen.weighted and self.no_gradients is not None):
                 pending.append(node)
-        sum_inputs(self.captured, pending, keep, self.progress, room=self.room)
-
-    def _add(self, allocator: Allocator, node: Node, gram: Tensor | None, gradient_gram: Tensor | None) -> None:
-        seen = Seen()
-        if gram is not None:
-            weight = read_weight(self.captured.weights, node)
-            seen = allocator.look_at(weight_name(node), weight, gram, gradient_gram)
-        self.results.add_linear(node, seen, gradient_gram)
+        sum_inputs(self.captured, pending, keep, self.progress, room=self.room, processes=self.processes)
 
     def _solve(self, ranked: Mapping[Node, RankedLinear]) -> None:
         config, method = self.config, METHODS[self.config.method]
@@ -191,7 +213,8 @@ class Reconstruction:
             return
         options = MethodOptions(config.mix, config.damping, config.gradient_damping)
         grams = self.results.gradient_grams
-        solver = GroupSolver(method, options, self.captured.weights, ranked, self.one_order, grams, config.pivoting)
+        weights, order = self.captured.weights, self.one_order
+        solver = GroupSolver(method, options, weights, ranked, order, grams, config.pivoting, self.processes)
 
         def solve(group: Group, statistics: Statistics) -> dict[Node, Replacement]:
             solved = solver.solve(group, statistics)
@@ -204,7 +227,13 @@ class Reconstruction:
             return
         flows: Flow = "both" if method.two_flows else "dense"
         sweep = Sweep(
-            self.captured, active, flows=flows, dense_gram=method.dense_gram, drift=method.drift, room=self.room
+            self.captured,
+            active,
+            flows=flows,
+            dense_gram=method.dense_gram,
+            drift=method.drift,
+            room=self.room,
+            processes=self.processes,
         )
         sweep.run(solve, self.progress, known=lambda group: factors_of(self.results.solved(group)))
         self.peak_bytes = max(self.peak_bytes, sweep.peak_bytes)

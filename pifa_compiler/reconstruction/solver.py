@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -11,8 +12,9 @@ from ..errors import RankError
 from ..factors import PifaFactors, Pivoting, factorize, factorize_jointly
 from ..graph.linears import read_weight, weight_name
 from ..graph.weights import Weights
+from ..processes import Processes
 from ..report import LayerReport
-from .methods import Method, MethodOptions
+from .methods import LowRank, Method, MethodOptions, Solve
 from .selection import RankedLinear
 from .statistics import Statistics, relative_error
 from .sweep import Group
@@ -26,6 +28,9 @@ class Solved:
     report: LayerReport
 
 
+Result = TypeVar("Result")
+
+
 class GroupSolver:
     """Makes the factors of linears, a group at a time, and a report of each.
 
@@ -36,6 +41,7 @@ class GroupSolver:
         one_order: for a layer whose outputs meet those of others (gate and up), the names of all of them.
         gradient_grams: sum g g^T at the outputs, [out, out], by weight name; errors count alike without one.
         pivoting: how pivot rows are chosen.
+        processes: those that share the work; None is this one alone.
     """
 
     def __init__(
@@ -47,7 +53,9 @@ class GroupSolver:
         one_order: Mapping[str, tuple[str, ...]],
         gradient_grams: Mapping[str, Tensor],
         pivoting: Pivoting,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = Processes() if processes is None else processes
         self.method, self.options, self.pivoting = method, options, pivoting
         self.weights, self.linears, self.one_order, self.gradient_grams = weights, linears, one_order, gradient_grams
 
@@ -66,21 +74,33 @@ class GroupSolver:
             ) from error
 
     def _solve(self, group: Group, statistics: Statistics) -> dict[Node, Solved]:
+        members = [node for node in group.members if self.linears[node].rank is not None]
         make_low_rank = self.method.prepare(statistics, self.options)
-        low_rank = {}
-        for node in group.members:
-            rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
-            sums = {"output_cross": statistics.output_cross.get(name), "gradient_gram": self.gradient_grams.get(name)}
-            known = {what: matrix for what, matrix in sums.items() if matrix is not None}
-            if rank is not None:
-                low_rank[node] = make_low_rank(weight, rank, **known)
-        solved: dict[Node, Solved] = {}
-        for nodes in _sets_of_one_order(low_rank, self.linears, self.one_order):
-            pairs = [(low_rank[node].u, low_rank[node].v) for node in nodes]
-            for node, factors in zip(nodes, self._factorize(nodes, pairs, statistics.gram), strict=True):
+        found: dict[str, LowRank] = {}
+        for place in self.processes.own(len(members)):
+            found[members[place].name] = self._low_rank(make_low_rank, members[place], statistics)
+        low_rank = self._of_all(found, members)
+        sets = _sets_of_one_order(members, self.linears, self.one_order)
+        solved: dict[str, Solved] = {}
+        for place in self.processes.own(len(sets)):
+            pairs = [(low_rank[node].u, low_rank[node].v) for node in sets[place]]
+            for node, factors in zip(sets[place], self._factorize(sets[place], pairs, statistics.gram), strict=True):
                 report = self._report(node, factors, low_rank[node].notes, statistics.gram)
-                solved[node] = Solved(factors, report)
-        return solved
+                solved[node.name] = Solved(factors, report)
+        return self._of_all(solved, members)
+
+    def _of_all(self, found: Mapping[str, Result], members: Sequence[Node]) -> dict[Node, Result]:
+        """What all processes found, by node, in the order of `members`."""
+        of_all = dict(found)
+        for each in self.processes.gather(found):
+            of_all |= each
+        return {node: of_all[node.name] for node in members}
+
+    def _low_rank(self, make_low_rank: Solve, node: Node, statistics: Statistics) -> LowRank:
+        rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
+        sums = {"output_cross": statistics.output_cross.get(name), "gradient_gram": self.gradient_grams.get(name)}
+        known = {what: matrix for what, matrix in sums.items() if matrix is not None}
+        return make_low_rank(weight, rank, **known)
 
     def _factorize(
         self, nodes: Sequence[Node], pairs: Sequence[tuple[Tensor, Tensor]], gram: Tensor

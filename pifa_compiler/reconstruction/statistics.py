@@ -74,12 +74,13 @@ class DenseStatistics:
     no_gradients: str | None = None
     notes: tuple[str, ...] = ()
 
-    def add(self, linear: Node, sums: DenseSums) -> None:
-        """Keeps the sums of a linear; what several on one input share is kept once."""
-        name = weight_name(linear)
-        self.gram[name], self.sum_abs[name], self.tokens[name] = sums.gram, sums.sum_abs, sums.tokens
-        if sums.gradient_gram is not None:
-            self.gradient_gram[name] = sums.gradient_gram
+    def add(self, linears: Mapping[Node, DenseSums]) -> None:
+        """Keeps the sums of linears; what several on one input share is kept once."""
+        for linear, sums in linears.items():
+            name = weight_name(linear)
+            self.gram[name], self.sum_abs[name], self.tokens[name] = sums.gram, sums.sum_abs, sums.tokens
+            if sums.gradient_gram is not None:
+                self.gradient_gram[name] = sums.gradient_gram
 
     def forget(self) -> None:
         """Drops all sums."""

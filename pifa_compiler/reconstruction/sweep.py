@@ -25,6 +25,7 @@ from ..graph.capture import Captured
 from ..graph.linears import weight_name
 from ..graph.run import Values, ancestors, call
 from ..kernels import linear
+from ..processes import Processes
 from .statistics import Statistics
 from .value_store import Room, ValueStore
 
@@ -142,6 +143,7 @@ class Sweep:
         drift: whether outputs are summed together with what differs between both flows in the values that they are
             added to (`Statistics.output_cross`).
         room: where the values between segments may lie.
+        processes: those that share the batches; None is this one alone.
     """
 
     def __init__(
@@ -153,8 +155,10 @@ class Sweep:
         dense_gram: bool = False,
         drift: bool = False,
         room: Room | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self._dense_gram = dense_gram
+        self._processes = Processes() if processes is None else processes
         self._weights = captured.weights
         self.segments = plan(captured.graph.graph, linears, drift=drift)
         self._replaced: dict[Node, Replacement] = {}  # of linears that are still to be computed
@@ -162,7 +166,7 @@ class Sweep:
         self._constant: Values = {}
         placeholders = captured.graph.graph.find_nodes(op="placeholder")
         self._store = ValueStore(room or Room())
-        self._batches = range(len(captured.inputs))
+        self._batches = self._processes.own(len(captured.inputs))
         for batch in self._batches:
             self._keep(batch, Flows(dict(zip(placeholders, captured.inputs[batch], strict=True))))
         self._varies = _downstream(captured.graph, placeholders)
@@ -205,7 +209,7 @@ class Sweep:
                 for node in self._freed_after.get(step, ()):
                     self._constant.pop(node, None)
             if found is None:
-                found = solve(segment.group, sums.finish(label))
+                found = solve(segment.group, sums.finish(label, self._processes))
             self._replaced.update(found)
             self._weights.give_back()
             if progress is not None:
@@ -318,7 +322,13 @@ class _Sums:
     def add_outputs(self, name: str, outputs: Tensor, inputs: Tensor) -> None:
         self.output_cross[name] = self.output_cross.get(name, 0) + (outputs.T @ inputs).double()
 
-    def finish(self, label: str) -> Statistics:
+    def finish(self, label: str, processes: Processes) -> Statistics:
+        """The sums of all processes.
+
+        Raises:
+            CalibrationError: there are no tokens, or an input is not finite; names `label`.
+        """
+        self._add_those_of_others(processes)
         dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
         if self.tokens == 0:
             raise CalibrationError(
@@ -333,6 +343,16 @@ class _Sums:
                 )
         mean_abs = self.sum_abs / max(self.tokens, 1)
         return Statistics(self.gram, self.cross, dense_gram, mean_abs, self.tokens, self.output_cross)
+
+    def _add_those_of_others(self, processes: Processes) -> None:
+        own = {"gram": self.gram, "abs": self.sum_abs, "tokens": torch.tensor(self.tokens, device=self.gram.device)}
+        own |= {f"output {name}": total for name, total in self.output_cross.items()}
+        own |= {} if self.cross is None else {"cross": self.cross}
+        own |= {"dense": self.dense_gram} if self.wants_dense_gram else {}
+        total = processes.sum(own)
+        self.gram, self.sum_abs, self.tokens = total["gram"], total["abs"], int(total["tokens"])
+        self.cross, self.dense_gram = total.get("cross"), total.get("dense", self.dense_gram)
+        self.output_cross = {name: total[f"output {name}"] for name in self.output_cross}
 
 
 def _bias(linear: Node) -> Node | None:

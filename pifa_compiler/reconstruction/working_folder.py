@@ -3,7 +3,7 @@
 run.json          what the run is of: options, files, data, versions
 lock              held by the process that works here
 linears/NAME      sums of the dense model at a linear: what the allocator saw, and the gradients' Gram matrix
-block             gradients at the border that the way back through the dense model has come to
+blocks/RANK-N     gradients at the border that the way back through the dense model has come to
 groups/NAME       factors of linears that read one value, and their reports
 layers/NAME       layers that took over, or gave away, a row order
 values/           what does not fit into memory between two steps; worthless to another process
@@ -25,14 +25,15 @@ from torch.fx import GraphModule, Node
 from ..errors import OffloadError
 from ..factors import FactorQuality, PifaFactors
 from ..graph.linears import weight_name
+from ..processes import Processes
 from ..report import LayerReport
 from .allocators import Seen
 from .gradients import BlockDone
 from .solver import Solved
 from .sweep import Group
 
-_RUN, _LOCK, _BLOCK = "run.json", "lock", "block.safetensors"
-_ROOMS = ("linears", "groups", "layers", "values")
+_RUN, _LOCK = "run.json", "lock"
+_ROOMS = ("linears", "blocks", "groups", "layers", "values")
 
 
 class WorkingFolder:
@@ -42,24 +43,31 @@ class WorkingFolder:
         folder: made if it is not there.
         run: what the run is of, as plain values; a run that goes on has to be of the same.
         resume: whether what lies there is gone on with.
+        processes: those that share the run: the first writes, the others read; None is this one alone.
 
     Raises:
         OffloadError: another process works there, another run's results lie there, there are results and `resume` is
             not set, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, folder: Path, run: Mapping[str, Any], *, resume: bool = False, processes: Processes | None = None
+    ) -> None:
         self.folder = folder
+        self._processes = Processes() if processes is None else processes
         self._graph: dict[str, Node] = {}
         self._seen: dict[str, Seen] = {}
-        with _explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder)
-            try:
-                self._start(run, resume=resume)
-            except BaseException:
-                self._lock.close()
-                raise
+        self._lock: IO[str] | None = None
+        if self._processes.is_first:
+            with _explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(folder)
+                try:
+                    self._start(run, resume=resume)
+                except BaseException:
+                    self._lock.close()
+                    raise
+        self._processes.wait()
 
     def _start(self, run: Mapping[str, Any], *, resume: bool) -> None:
         known = self.folder / _RUN
@@ -96,9 +104,10 @@ class WorkingFolder:
         return self.folder / "values"
 
     def close(self, *, finished: bool) -> None:
-        """Lets another process work here; with `finished` the folder is gone."""
-        shutil.rmtree(self.folder if finished else self.values, ignore_errors=True)
-        self._lock.close()
+        """Lets another run work here; with `finished` the folder is gone."""
+        if self._lock is not None:
+            shutil.rmtree(self.folder if finished else self.values, ignore_errors=True)
+            self._lock.close()
 
     def bind(self, graph: GraphModule) -> None:
         """Says which graph the nodes are of that results are asked for."""
@@ -107,7 +116,8 @@ class WorkingFolder:
     def add_linear(self, linear: Node, seen: Seen, gradient_gram: Tensor | None) -> None:
         """See `Results`."""
         tensors = {"seen": seen.found, "gradient_gram": gradient_gram}
-        self._write("linears", weight_name(linear), tensors, {"weighted": str(int(seen.weighted))})
+        if self._processes.is_first:
+            self._write("linears", weight_name(linear), tensors, {"weighted": str(int(seen.weighted))})
         self._seen[weight_name(linear)] = seen
 
     def seen(self, linear: Node) -> Seen | None:
@@ -135,11 +145,20 @@ class WorkingFolder:
             for node, gradient in gradients.items()
         }
         notes = {"block": done.block, "batches": len(done.gradients), "bfloat16": done.bfloat16}
-        _save(self.folder / _BLOCK, tensors, {"done": json.dumps(notes)})
+        _save(self._block(done.block), tensors, {"done": json.dumps(notes)})
+        # The one before stays: a process that shares the run may not have come further.
+        self._block(done.block + 2).unlink(missing_ok=True)
+
+    def _block(self, number: int) -> Path:
+        return self.folder / "blocks" / f"{self._processes.rank}-{number}.safetensors"
 
     def last_block(self) -> BlockDone | None:
-        """See `Results`."""
-        found = _load(self.folder / _BLOCK)
+        """See `Results`; the last that all processes have done."""
+        own = self.folder.glob(f"blocks/{self._processes.rank}-*.safetensors")
+        numbers = self._processes.gather([int(path.stem.partition("-")[2]) for path in own])
+        if not all(numbers):
+            return None
+        found = _load(self._block(max(map(min, numbers))))
         if found is None:
             return None
         notes = json.loads(found[1]["done"])
@@ -151,6 +170,8 @@ class WorkingFolder:
 
     def add_group(self, group: Group, solved: Mapping[Node, Solved]) -> None:
         """See `Results`."""
+        if not self._processes.is_first:
+            return
         tensors: dict[str, Tensor | None] = {}
         for node, each in solved.items():
             for part in ("w_pivot", "coeff", "pivots"):
