@@ -27,11 +27,11 @@ Of products one rank short the smallest pivot was at most 7.5 size eps, of rando
 costs a superfluous rank: the factors represent the weight in either case.
 """
 
-REFIT_DAMPING = 1e-10
+REFIT_DAMPING = 1e-6
 """Share of their mean diagonal that is added to the normal equations which make coefficients fit rounded pivot rows.
 
-About the geometric mean of float64's eps, the noise of these equations, and of bfloat16's eps squared, the loss that
-they are about: directions of less weight have nothing to gain, and noise in them stays small.
+Above the noise of float32 products in these equations, so that it is not amplified. In directions of less weight there
+is nothing to gain: rounding the coefficients, which comes after, loses a million times what is left there.
 """
 
 PROBES = 16
@@ -349,7 +349,7 @@ def _space_of_full_pair(u: Tensor, v: Tensor) -> _Space | None:
     unit = torch.nn.functional.normalize(right, dim=1)
     # In float32 first, for half the time; what its rounding noise leaves in doubt is looked at in float64.
     for dtype in (torch.float32, torch.float64):
-        smallest = _smallest_pivot(torch.linalg.lu_factor_ex(unit.T.to(dtype)).LU)
+        smallest = _smallest_pivot(_lu_factor(unit.T.to(dtype))[0])
         if smallest > PIVOT_NOISE * max(v.shape) * torch.finfo(dtype).eps:
             return _Space(left, right, basis, rows)
     return None
@@ -357,7 +357,7 @@ def _space_of_full_pair(u: Tensor, v: Tensor) -> _Space | None:
 
 def _lu_basis(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
     """L [m, n] of an LU with row pivoting, its rows as the matrix has them; the pivot rows [n]; the smallest pivot."""
-    lu, swaps, _ = torch.linalg.lu_factor_ex(matrix)
+    lu, swaps = _lu_factor(matrix)
     rows = list(range(matrix.shape[0]))
     for i, j in enumerate((swaps - 1).tolist()):
         rows[i], rows[j] = rows[j], rows[i]
@@ -367,6 +367,19 @@ def _lu_basis(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
     basis = torch.empty_like(triangle)
     basis[order] = triangle
     return basis, order[: matrix.shape[1]], _smallest_pivot(lu)
+
+
+def _lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The LU of [m, n], m >= n, with row pivoting, packed as LAPACK packs it, and its n swaps, which count from 1.
+
+    On GPUs torch gives matrices that are not square to a batched routine of MAGMA's, which prints a warning where they
+    are large. Square ones go to cuSOLVER, and columns of zeros change nothing.
+    """
+    rows, columns = matrix.shape
+    if matrix.is_cuda:
+        matrix = torch.nn.functional.pad(matrix, (0, rows - columns))
+    lu, swaps, _ = torch.linalg.lu_factor_ex(matrix)
+    return lu[:, :columns], swaps[:columns]
 
 
 def _smallest_pivot(lu: Tensor) -> float:
@@ -480,13 +493,18 @@ def _fit_to_rounded(coeff: Tensor, exact: Tensor, rounded: Tensor, gram: Tensor 
     """
     if rounded.dtype in (torch.float64, torch.float32) or coeff.numel() == 0:
         return coeff
-    rows = rounded.double()
-    weighted = rows if gram is None else rows @ gram.double()
-    normal = weighted @ rows.T
+    rows, lost = rounded.float(), (exact - rounded).float()
+    if gram is None:
+        weighted = rows
+    else:
+        weighted = rows @ (gram / gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)).float()
+    normal = (weighted @ rows.T).double()
     normal.diagonal().add_(REFIT_DAMPING * normal.diagonal().mean())
-    residual = coeff @ ((exact - rows) @ weighted.T)
     factor, failed = torch.linalg.cholesky_ex((normal + normal.T) / 2)
-    return coeff if bool(failed) else coeff + torch.cholesky_solve(residual.T, factor).T
+    if bool(failed):
+        return coeff
+    correction = torch.cholesky_solve((weighted @ lost.T).double(), factor).T
+    return coeff + (coeff.float() @ correction.float()).double()
 
 
 def rounding_error(w_pivot: Tensor, coeff: Tensor, dtype: torch.dtype = torch.bfloat16) -> float:
