@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -103,8 +104,23 @@ class DenseStatistics:
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """||(W - W') X|| / ||W X|| on the inputs whose Gram matrix is `gram`; weights [out, in], any dtype."""
-    gram = gram.float()
-    dense, difference = weight.float(), weight.float() - approximation.float()
-    lost = float(((difference @ gram) * difference).sum().clamp(min=0))
-    total = float(((dense @ gram) * dense).sum())
-    return (lost / total) ** 0.5 if total > 0 else 0.0
+    weight = weight.float()
+    lost, total = (_energy(each, gram) for each in (weight - approximation.float(), weight))
+    return (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
+def _energy(weight: Tensor, gram: Tensor, block: int = 512) -> float:
+    """||W X||^2 on the inputs whose Gram matrix is `gram`, by its mean diagonal; W [out, in] in float32.
+
+    Gram matrices are symmetric: of their upper triangle, and half of the diagonal blocks, comes half of the sum.
+    """
+    size = float(gram.diagonal().double().mean())
+    if not size > 0:
+        return 0.0
+    half = 0.0
+    for start in range(0, len(gram), block):
+        columns = slice(start, start + block)
+        part = (gram[columns, start:].double() / size).float()
+        part[:, :block].mul_(0.5)
+        half += float(((weight[:, columns] @ part) * weight[:, start:]).sum(dtype=torch.float64))
+    return 2 * half

@@ -176,7 +176,16 @@ def test_relative_error_is_that_of_the_outputs():
     weight, dense, _ = problem()
     other = weight + 0.1 * torch.randn_like(weight)
     direct = float((dense @ (weight - other).T).norm() / (dense @ weight.T).norm())
-    assert relative_error(weight, other, dense.T @ dense) == pytest.approx(direct, rel=1e-4)
+    for size in (1e-30, 1.0, 1e30):
+        assert relative_error(weight, other, size * dense.T @ dense) == pytest.approx(direct, rel=1e-4)
+    assert relative_error(weight, other, torch.zeros(20, 20)) == 0
+
+
+def test_relative_error_takes_all_blocks_of_a_large_gram_matrix():
+    inputs, weight = torch.randn(1200, 1100, dtype=torch.float64), torch.randn(7, 1100, dtype=torch.float64)
+    other = weight + 0.1 * torch.randn_like(weight)
+    direct = float((inputs @ (weight - other).T).norm() / (inputs @ weight.T).norm())
+    assert relative_error(weight, other, inputs.T @ inputs) == pytest.approx(direct, rel=1e-4)
 
 
 @pytest.mark.parametrize("channels", [32, 300])
