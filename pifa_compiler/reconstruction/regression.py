@@ -146,7 +146,8 @@ class _Inputs:
     def apply_squared(self, z: Tensor) -> Tensor:
         image = self._target.apply(z)
         if self._gram is not None:
-            image = self._gram.double() @ (image / self._size) + self._damping * image
+            weighted = torch.cat([rows.double() @ image for rows in self._gram.split(512)])  # no copy of all of G
+            image = weighted / self._size + self._damping * image
         return self._target.apply_transposed(image)
 
     def factors(self, matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,15 +48,17 @@ class Root:
 
     def divided(self, matrix: Tensor) -> Tensor:
         """matrix S^-1, [m, n]."""
-        if self.scale is None:
-            return torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
-        return (matrix * _inverse(self.scale)) @ self.factor.T
+        if self.scale is not None:
+            return (matrix * _inverse(self.scale)) @ self.factor.T
+        quotient: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
+        return quotient
 
     def divided_transposed(self, matrix: Tensor) -> Tensor:
         """matrix S^-T, [m, n]."""
-        if self.scale is None:
-            return torch.linalg.solve_triangular(self.factor.T, matrix, upper=True, left=False)
-        return (matrix @ self.factor).mul_(_inverse(self.scale))
+        if self.scale is not None:
+            return (matrix @ self.factor).mul_(_inverse(self.scale))
+        quotient: Tensor = torch.linalg.solve_triangular(self.factor.T, matrix, upper=True, left=False)
+        return quotient
 
 
 def _inverse(scale: Tensor) -> Tensor:
