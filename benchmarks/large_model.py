@@ -1,0 +1,173 @@
+"""What compressing a model that lies in files takes: memory as the kernel counts it, and time.
+
+    python benchmarks/large_model.py write FOLDER --layers 30           # a Llama of random weights, bf16, in shards
+    python benchmarks/large_model.py run FOLDER OUTPUT --memory 4GiB    # `pifa compress` in a process of its own
+    python benchmarks/large_model.py kill FOLDER OUTPUT --kills 20      # the same, killed at random moments
+
+`write` makes hidden 2048, MLP 5632, 32 heads of which 4 for keys and values, the vocabulary of SmolLM2, whose tokenizer
+it takes; 30 layers are 1.5 billion parameters. Nothing of it is in memory for longer than it takes to write. `run`
+prints a row as JSON: what was planned, what the kernel saw (the largest resident set of the process), seconds. `kill`
+resumes after each kill and compares the result with that of a run that was left alone, byte for byte.
+"""
+
+import argparse
+import filecmp
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from pifa_compiler.bench.rows import provenance
+from pifa_compiler.hf.loading import load_tokenizer
+from pifa_compiler.hf.smollm2 import fetch_smollm2
+
+
+def write(folder: Path, layers: int) -> None:
+    """Writes a Llama of random weights, a layer a shard."""
+    folder.mkdir(parents=True)
+    hidden, mlp, heads, kv_heads = 2048, 5632, 32, 4
+    tokenizer = load_tokenizer(fetch_smollm2())
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=len(tokenizer),
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    width = hidden // heads * kv_heads
+    shapes = {"q": (hidden, hidden), "k": (width, hidden), "v": (width, hidden), "o": (hidden, hidden)}
+    generator = torch.Generator().manual_seed(0)
+    places: dict[str, str] = {}
+    size = 0
+
+    def random_matrix(d_out: int, d_in: int) -> torch.Tensor:
+        return (torch.randn(d_out, d_in, generator=generator) / d_in**0.5).bfloat16()
+
+    def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal size
+        file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file))
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        tensors = {f"{name}.self_attn.{key}_proj.weight": random_matrix(*shape) for key, shape in shapes.items()}
+        tensors |= {f"{name}.mlp.{key}_proj.weight": random_matrix(mlp, hidden) for key in ("gate", "up")}
+        tensors[f"{name}.mlp.down_proj.weight"] = random_matrix(hidden, mlp)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        shard(layer + 1, tensors)
+    ends = {"model.embed_tokens.weight": random_matrix(len(tokenizer), hidden)}
+    ends["lm_head.weight"] = random_matrix(len(tokenizer), hidden)
+    ends["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    shard(layers + 1, ends)
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def command(options: argparse.Namespace, output: Path, *more: str) -> list[str]:
+    """The command line of one compression."""
+    arguments = [sys.executable, "-m", "pifa_compiler", "compress", str(options.folder), "-o", str(output), "--json"]
+    for name in ("density", "data", "samples", "seqlen", "seed", "memory"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", str(getattr(options, name))]
+    return [*arguments, "--rank-multiple", "1", *more]
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """One compression; what it took."""
+    plan = {}
+    if options.memory is not None:
+        told = subprocess.run(command(options, options.output, "--dry-run"), capture_output=True, text=True, check=True)
+        plan = json.loads(told.stdout)
+    started = time.perf_counter()
+    done = subprocess.run(command(options, options.output), capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(done.stderr)
+    report = json.loads(done.stdout)
+    # The largest resident set of any child so far: the compression's, as the dry run does less of the same.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {
+        **provenance(),
+        "threads": torch.get_num_threads(),
+        "setting": {name: str(value) for name, value in vars(options).items()},
+        "plan": plan,
+        "peak_bytes": peak,
+        "seconds": round(seconds, 1),
+        "density": report["density"],
+        "parameters": report["params_before"],
+    }
+
+
+def kill(options: argparse.Namespace) -> dict[str, object]:
+    """A run that is killed again and again, and one that is not."""
+    whole = options.output.with_name(f"{options.output.name}-whole")
+    started = time.perf_counter()
+    subprocess.run(command(options, whole), capture_output=True, check=True)
+    alone, generator, kills, more = time.perf_counter() - started, random.Random(options.seed), 0, ()
+    while True:
+        process = subprocess.Popen(command(options, options.output, *more), stdout=subprocess.DEVNULL)
+        patience = generator.uniform(0.1, 1) * alone / 2 if kills < options.kills else None
+        try:
+            if process.wait(timeout=patience) == 0:
+                break
+            sys.exit(f"failed with {process.returncode}")
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        begun = options.output.with_name(f".{options.output.name}.run") / "run.json"
+        more = ("--resume",) if begun.exists() else ()
+    files = sorted(path.name for path in whole.iterdir())
+    same, other, missing = filecmp.cmpfiles(whole, options.output, files, shallow=False)
+    # The report, and what quotes it, tell how long it took.
+    told = {"pifa_report.json"}
+    strays = [path.name for path in options.output.parent.iterdir() if path.name.startswith(f".{options.output.name}")]
+    assert set(other) <= told, other
+    assert not missing, missing
+    assert not strays, strays
+    return {**provenance(), "kills": kills, "seconds_alone": round(alone, 1), "same": same, "differ": other}
+
+
+def main() -> None:
+    """Parses, runs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    writes = verbs.add_parser("write")
+    writes.add_argument("folder", type=Path)
+    writes.add_argument("--layers", type=int, default=30)
+    for verb in ("run", "kill"):
+        each = verbs.add_parser(verb)
+        each.add_argument("folder", type=Path)
+        each.add_argument("output", type=Path)
+        each.add_argument("--memory", help="without it the model is loaded")
+        each.add_argument("--density", type=float, default=0.5)
+        each.add_argument("--data", default="pydoc")
+        each.add_argument("--samples", type=int, default=2)
+        each.add_argument("--seqlen", type=int, default=512)
+        each.add_argument("--seed", type=int, default=3)
+        each.add_argument("--kills", type=int, default=20)
+    options = parser.parse_args()
+    if options.verb == "write":
+        write(options.folder, options.layers)
+    else:
+        print(json.dumps(run(options) if options.verb == "run" else kill(options)))
+
+
+if __name__ == "__main__":
+    main()
