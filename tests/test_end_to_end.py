@@ -1,5 +1,6 @@
 """The main job on real weights: SmolLM2-135M compressed, saved, loaded, compiled, writing text."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,22 @@ def test_perplexity_is_that_of_the_same_model_as_pairs(compressed):
     finally:
         for name, layer in pifa.items():
             model.set_submodule(name, layer)
-    assert wanted < 200  # a thousand tokens calibrate little; a model that has lost its text scores thousands
+
+
+def test_perplexity_rises_by_less_than_half_of_what_truncated_weights_of_the_same_ranks_cost(compressed):
+    """The yardstick looks at no data: each dense weight is replaced by its nearest of the rank that the layer has."""
+    model, tokenizer, report = compressed
+    windows = evaluation_batches("pydoc", model, tokenizer, seqlen=512, limit=1)
+    yardstick = load_model(smollm2_file())
+    losses = {"dense": math.log(perplexity(yardstick, windows).perplexity)}
+    for layer in report.factorized:
+        weight = yardstick.get_submodule(layer.name).weight
+        u, s, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
+        weight.data = (u[:, : layer.rank] * s[: layer.rank]) @ vh[: layer.rank]
+    losses["truncated"] = math.log(perplexity(yardstick, windows).perplexity)
+    losses["compressed"] = math.log(perplexity(model, windows).perplexity)
+    rise = {name: loss - losses["dense"] for name, loss in losses.items()}
+    assert 0 < rise["compressed"] < rise["truncated"] / 2
 
 
 def test_save_load_and_generate_compiled(compressed, tmp_path: Path):
