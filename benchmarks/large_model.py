@@ -3,6 +3,7 @@
     python benchmarks/large_model.py write FOLDER --layers 30           # a Llama of random weights, bf16, in shards
     python benchmarks/large_model.py run FOLDER OUTPUT --memory 4GiB    # `pifa compress` in a process of its own
     python benchmarks/large_model.py kill FOLDER OUTPUT --kills 20      # the same, killed at random moments
+    python benchmarks/large_model.py plan 7B --memory 24GiB             # by arithmetic, for Llama-2's 7B, 13B or 70B
 
 `write` makes hidden 2048, MLP 5632, 32 heads of which 4 for keys and values, the vocabulary of SmolLM2, whose tokenizer
 it takes; 30 layers are 1.5 billion parameters. Nothing of it is in memory for longer than it takes to write. `run`
@@ -19,15 +20,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from pifa_compiler import CompressConfig
 from pifa_compiler.bench.rows import provenance
+from pifa_compiler.graph.capture import capture
 from pifa_compiler.hf.loading import load_tokenizer
 from pifa_compiler.hf.smollm2 import fetch_smollm2
+from pifa_compiler.hf.stored_model import WeightsInFiles
+from pifa_compiler.memory import parse_bytes
+from pifa_compiler.reconstruction.needs import needs_of
+from pifa_compiler.reconstruction.selection import select_linears
 
 
 def write(folder: Path, layers: int) -> None:
@@ -77,6 +86,33 @@ def write(folder: Path, layers: int) -> None:
     shard(layers + 1, ends)
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+SHAPES = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""Of Llama 2."""
+
+
+def plan(shape: str, memory: str, samples: int, seqlen: int) -> dict[str, object]:
+    """What compressing a model of this shape, in bfloat16, would take; no weight of it is made."""
+    given = parse_bytes(memory)
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16).eval()
+    batches = [torch.zeros(1, seqlen, dtype=torch.int64)] * samples
+    none = WeightsInFiles({}, {}, {}, torch.device("cpu"))
+    captured = capture(model, batches, weights=none, block_bytes=given // 8)
+    selection = select_linears(model, captured.graph, in_files=True)
+    needs = needs_of(captured, selection.found, CompressConfig())
+    return {"shape": shape, "memory": given, "least": needs.least, "windows": f"{samples} x {seqlen}", **asdict(needs)}
 
 
 def command(options: argparse.Namespace, output: Path, *more: str) -> list[str]:
@@ -162,9 +198,16 @@ def main() -> None:
         each.add_argument("--seqlen", type=int, default=512)
         each.add_argument("--seed", type=int, default=3)
         each.add_argument("--kills", type=int, default=20)
+    plans = verbs.add_parser("plan")
+    plans.add_argument("shape", choices=list(SHAPES))
+    plans.add_argument("--memory", default="24GiB")
+    plans.add_argument("--samples", type=int, default=128)
+    plans.add_argument("--seqlen", type=int, default=2048)
     options = parser.parse_args()
     if options.verb == "write":
         write(options.folder, options.layers)
+    elif options.verb == "plan":
+        print(json.dumps(plan(options.shape, options.memory, options.samples, options.seqlen)))
     else:
         print(json.dumps(run(options) if options.verb == "run" else kill(options)))
 
