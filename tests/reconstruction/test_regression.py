@@ -173,6 +173,14 @@ def test_a_rank_that_the_weight_does_not_have_is_lowered(shape):
     assert factors.rank == 5
 
 
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24)], ids=str)
+def test_gradients_that_are_zero_weigh_all_errors_alike(shape):
+    weight, statistics, gradient_gram, _ = problem(shape)
+    solve = METHODS["two-sided"].prepare(statistics, MethodOptions(gradient_damping=0))
+    wanted, found = solve(weight, 8), solve(weight, 8, gradient_gram=torch.zeros_like(gradient_gram))
+    assert torch.equal(found.u @ found.v, wanted.u @ wanted.v)
+
+
 def test_the_default_dtype_does_not_matter():
     weight, statistics, gradient_gram, outputs = problem((24, 20))
     solve = METHODS["two-sided"].prepare(statistics, DEFAULTS)

@@ -86,11 +86,26 @@ def test_eigenpairs_in_float32_are_precise_where_the_largest_value_is_a_million_
     values, vectors = eigenpairs(exact.float())
     assert values.dtype == vectors.dtype == DOUBLE
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(256, dtype=DOUBLE), rtol=0, atol=1e-5)
+    assert float((vectors[:, -1] @ vectors[:, :-1]).abs().max()) < 1e-12  # what is left of the largest costs most
     wanted = torch.linalg.eigvalsh(exact.float().double())
     torch.testing.assert_close(values[:128].sum(), wanted[:128].sum(), rtol=1e-5, atol=0)
     # What LAPACK makes of it in float32 is off by much more.
     plain = torch.linalg.eigvalsh(exact.float()).double()
     assert abs(float(plain[:128].sum() / wanted[:128].sum()) - 1) > 1e-3
+
+
+def test_eigenpairs_in_float32_of_a_matrix_of_low_rank_are_a_basis():
+    rows = torch.randn(40, 256, dtype=DOUBLE) * torch.logspace(0, -3, 40, dtype=DOUBLE)[:, None]
+    values, vectors = eigenpairs((rows.T @ rows).float())
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(256, dtype=DOUBLE), rtol=0, atol=1e-5)
+    assert float(values[:216].abs().max()) < 1e-5 * float(values[-1])
+
+
+def test_a_loss_that_may_be_noise_alone_is_no_loss_to_compare_with():
+    exact = torch.randn(96, 5, dtype=DOUBLE)
+    exact, noise = exact @ exact.T, 1e-7 * torch.randn(96, 96, dtype=DOUBLE)
+    values, vectors = torch.linalg.eigh(exact + noise @ noise.T / 1e-7)
+    assert excess_loss(lambda z: exact @ z, values, vectors, 5) == float("inf")
 
 
 @pytest.mark.parametrize("noise", [1e-7, 1e-5, 1e-3])
