@@ -126,9 +126,17 @@ def test_code_of_onnx_runs(world: dict[str, Any]):
     exec(compile(code, "onnx.md", "exec"), world | {"fed": fed})  # noqa: S102  our own document
 
 
+def test_code_of_large_models_runs(world: dict[str, Any]):
+    world["model"].save_pretrained("model")
+    run(ROOT / "docs" / "large-models.md", world)
+    assert world["report"].density <= 0.5
+    assert isinstance(world["pc"].load_pretrained("model-pifa").model.layers[0].mlp.down_proj, PifaLinear)
+
+
 def test_all_documents_with_code_are_run():
     with_code = {file.name for file in DOCUMENTS if blocks(file, "python")}
-    assert with_code == {"README.md", "safety.md", "architecture.md", "checkpoint-format.md", "onnx.md"}
+    others = {"architecture.md", "checkpoint-format.md", "large-models.md", "onnx.md", "safety.md"}
+    assert with_code == {"README.md", *others}
 
 
 def commands() -> list[str]:
@@ -139,6 +147,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_as_they_are_written(line: str):
     program, *arguments = shlex.split(line, comments=True)
+    if program == "torchrun":
+        program, arguments = "pifa", arguments[arguments.index("pifa_compiler") + 1 :]
     if program == "pifa":
         command: Any = get_command(app)
         context = None

@@ -83,7 +83,7 @@ def compress_verb(
     ] = None,
     offload: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="With --memory: where results are kept until the end. Default: beside DIR."),
+        typer.Option(metavar="DIR", help="With --memory: where results lie until the end. Default: beside the output."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run with --memory that was stopped.")] = False,
     dry_run: Annotated[
