@@ -10,8 +10,8 @@ from .spectra import SMALL, eigenpairs, excess_loss, mean_diagonal, scaled
 from .statistics import Statistics
 
 EXCESS = 2e-5
-"""How much more than the best of its rank a solution in float32 may lose, as a share: below 1e-4, the estimate being
-within a factor of 5."""
+"""How much more than the best of its rank a solution in float32 may lose, as a share. The estimate is right to an order
+of magnitude, so that the true share stays near 1e-4 at the most, far below what calibration itself leaves open."""
 
 
 class Regression:
