@@ -22,6 +22,9 @@ _SOLVE_COPIES = 4
 _SOLVE_PRODUCTS = 12
 """Products of such matrices that its decompositions and roots take, about; a measured figure of one model."""
 
+_WIDER = 4
+"""Within a block more values live at once than at its border, about so many times (query, key, value, gate, up)."""
+
 _MARGIN = 1.1
 """For what allocators hold beyond what is asked of them."""
 
@@ -82,8 +85,10 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     sizes = {name: parameter for name, parameter in captured.graph.named_parameters(remove_duplicate=False)}
     batches = len(captured.inputs)
     largest = max(_block_bytes(block, sizes, found, gradients=gradients) for block in blocks)
-    crossing = {node for block in blocks[:-1] for node in block.outputs}
-    values = batches * sum(map(_bytes, crossing)) * 2
+    borders = [set(block.outputs) for block in blocks[:-1]]
+    border = batches * max((sum(map(_bytes, nodes)) for nodes in borders), default=0)
+    # All borders and the gradients at one; or, in the sweep, both flows of what lies between two of its segments.
+    values = max(batches * sum(map(_bytes, set().union(*borders))) + border, 2 * _WIDER * border)
     tokens = batches * max(_rows(node) for node in linears)
     shapes = [linear.shape for linear in found.values()]
     numbers = sum(d_out * d_in for d_out, d_in in shapes)
@@ -92,7 +97,7 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     kept = int(numbers * config.density * element)
     passes, squares = 2, sum(found[group.members[0]].shape[1] ** 2 for group in groups(captured.graph.graph, linears))
     if gradients:
-        kept += sum(4 * d_out**2 for d_out, _ in shapes) + values // 2
+        kept += sum(4 * d_out**2 for d_out, _ in shapes) + 2 * border
         passes, squares = 7, squares + sum(d_out**2 for d_out, _ in shapes)
     return Needs(
         process=resident_bytes(),
