@@ -1,6 +1,7 @@
 """The native `PifaScatter` for onnxruntime on CPUs (pifa_scatter.c), built once for the machine by its C compiler."""
 
 import functools
+import hashlib
 import os
 import platform
 import shlex
@@ -36,21 +37,28 @@ def build() -> Path | str:
         ).stdout
         key = "\n".join((SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, version, _processor()))
         folder = folder_for(key)
-        library = folder / "pifa_scatter.so"
-        if library.exists():
-            return library
+        # A library that a full disk or a crash cut short may take down the process that loads it.
+        kept = next((file for file in folder.glob("pifa_scatter-*.so") if file.name == _name(file)), None)
+        if kept is not None:
+            return kept
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            partial = Path(scratch, library.name)
+            partial = Path(scratch, "pifa_scatter.so")
             command = [*compiler, *FLAGS, "-o", str(partial), str(SOURCE)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
             if done.returncode != 0 or not partial.exists():
                 said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
                 return f"{compiler[0]} could not build {SOURCE.name}: {said}"
+            library = folder / _name(partial)
             os.replace(partial, library)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{SOURCE.name} could not be built: {error}"
     return library
+
+
+def _name(library: Path) -> str:
+    """What it is called in the cache: says whether its bytes are those that were built."""
+    return f"pifa_scatter-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _compiler() -> list[str] | None:

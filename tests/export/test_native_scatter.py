@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,19 @@ def test_a_compiler_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "could not build pifa_scatter.c" in str(native_scatter.build.__wrapped__())
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+@needs_native
+@pytest.mark.parametrize("left", [0, 5000], ids=["empty", "cut short"])
+def test_a_damaged_library_is_built_again(left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build = native_scatter.build.__wrapped__
+    library, content = build(), Path(LIBRARY).read_bytes()
+    assert build() == library
+    os.truncate(library, left)
+    again = build()
+    assert again.read_bytes() == content
+    assert build() == again
 
 
 def test_a_provider_that_is_not_there_is_an_error(tmp_path: Path) -> None:
