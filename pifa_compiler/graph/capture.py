@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Captured:
         masks: which tokens count, by the masks among the inputs.
         weights: where the values of `get_attr` nodes come from.
         block_bytes: how much of the weights a block should read at most; None if that does not matter.
+        device: where inputs and weights are.
     """
 
     graph: GraphModule
@@ -42,6 +43,7 @@ class Captured:
     masks: TokenMasks
     weights: Weights
     block_bytes: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def blocks(self, last: Node) -> list[Block]:
         """Cuts what `last` needs into blocks: as many as the root of the number of linears, or as their weights ask.
@@ -113,7 +115,8 @@ def capture(
     run_passes(graph, [Canonicalize()])
     own = WeightsInMemory(graph)
     source = own if weights is None else WeightsBesideConstants(own, weights)
-    return Captured(graph, inputs, TokenMasks(graph, inputs), source, block_bytes)
+    place = torch.device("cpu") if device is None else device
+    return Captured(graph, inputs, TokenMasks(graph, inputs), source, block_bytes, place)
 
 
 def _with_stand_ins(model: nn.Module, device: torch.device | None) -> nn.Module:

@@ -35,7 +35,7 @@ from ..graph.linears import weight_name
 from ..graph.predictions import Predictions
 from ..graph.run import Block, Values, run_block
 from ..processes import Processes
-from .statistics import DenseStatistics, DenseSums
+from .statistics import DenseSums
 from .sweep import Progress, gram_matrix, tokens_as_rows
 from .value_store import Room, ValueStore
 
@@ -119,28 +119,7 @@ def sum_dense(
             bfloat16 = False
         finally:
             walk.values.clear()
-
-
-def dense_statistics(
-    captured: Captured,
-    linears: Sequence[Node],
-    predictions: Predictions,
-    progress: Progress | None = None,
-    *,
-    for_ranks: bool = False,
-) -> DenseStatistics:
-    """All that `sum_dense` sums, kept in memory.
-
-    Args:
-        captured, linears, predictions, progress, for_ranks: as there.
-
-    Raises:
-        DerivativeError, CalibrationError: as there.
-    """
-    found = DenseStatistics()
-    notes = sum_dense(captured, linears, predictions, found.add, progress, for_ranks=for_ranks)
-    found.notes = tuple(notes)
-    return found
+            walk.gradients.clear()
 
 
 def _tokens_of(captured: Captured, predictions: Predictions) -> list[Tensor]:
@@ -245,7 +224,7 @@ class _Walk:
             tell(index + 1)
         if done is not None:
             for batch, gradients in zip(self.own, done.gradients, strict=True):
-                self.gradients.put(batch, gradients)
+                self.gradients.put(batch, {node: gradient.to(self.device) for node, gradient in gradients.items()})
         for index in reversed(range(behind)):
             self._backward(index)
             tell(steps - index)

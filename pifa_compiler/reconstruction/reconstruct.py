@@ -235,5 +235,6 @@ class Reconstruction:
             room=self.room,
             processes=self.processes,
         )
-        sweep.run(solve, self.progress, known=lambda group: factors_of(self.results.solved(group)))
+        device = self.captured.device
+        sweep.run(solve, self.progress, known=lambda group: factors_of(self.results.solved(group), device))
         self.peak_bytes = max(self.peak_bytes, sweep.peak_bytes)

@@ -1,8 +1,10 @@
 """What the walks over a model have found so far: sums of linears, then factors of groups."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -85,9 +87,14 @@ class ResultsInMemory:
         return None
 
 
-def factors_of(solved: Mapping[Node, Solved] | None) -> dict[Node, PifaFactors] | None:
-    """The factors of a group that was solved; None if it was not."""
-    return None if solved is None else {node: each.factors for node, each in solved.items()}
+def factors_of(solved: Mapping[Node, Solved] | None, device: torch.device) -> dict[Node, PifaFactors] | None:
+    """The factors of a group that was solved, on a device; None if it was not."""
+    return None if solved is None else {node: _moved(each.factors, device) for node, each in solved.items()}
+
+
+def _moved(factors: PifaFactors, device: torch.device) -> PifaFactors:
+    w_pivot, coeff, pivots = (part.to(device) for part in (factors.w_pivot, factors.coeff, factors.pivots))
+    return replace(factors, w_pivot=w_pivot, coeff=coeff, pivots=pivots)
 
 
 def factors_by_weight(groups: Sequence[Mapping[Node, Solved]]) -> dict[str, PifaFactors]:

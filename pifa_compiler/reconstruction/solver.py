@@ -99,7 +99,8 @@ class GroupSolver:
     def _low_rank(self, make_low_rank: Solve, node: Node, statistics: Statistics) -> LowRank:
         rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
         sums = {"output_cross": statistics.output_cross.get(name), "gradient_gram": self.gradient_grams.get(name)}
-        known = {what: matrix for what, matrix in sums.items() if matrix is not None}
+        # From a working folder they come on the CPU.
+        known = {what: matrix.to(weight.device) for what, matrix in sums.items() if matrix is not None}
         return make_low_rank(weight, rank, **known)
 
     def _factorize(

@@ -12,11 +12,17 @@ from pifa_compiler.graph.predictions import Predictions, find_predictions
 from pifa_compiler.graph.run import cut_into_blocks
 from pifa_compiler.reconstruction import gradients as output_gradients
 from pifa_compiler.reconstruction import value_store
-from pifa_compiler.reconstruction.gradients import _ROWS, _logits_gradient, dense_statistics, sum_dense
+from pifa_compiler.reconstruction.gradients import _ROWS, _logits_gradient, sum_dense
 from pifa_compiler.reconstruction.statistics import DenseStatistics
 from pifa_compiler.reconstruction.value_store import Room
 
 transformers = pytest.importorskip("transformers")
+
+
+def dense_statistics(captured, linears, predictions, **options) -> DenseStatistics:
+    found = DenseStatistics()
+    sum_dense(captured, linears, predictions, found.add, **options)
+    return found
 
 
 def linears_of(captured, *, head: bool = False):
