@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch.fx import Node
 
@@ -13,7 +12,7 @@ from ..graph.predictions import find_predictions
 from ..processes import Processes
 from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
-from .gradients import BlockDone, Keep, sum_dense
+from .gradients import Keep, sum_dense
 from .methods import METHODS, MethodOptions
 from .results import Results, factors_of
 from .selection import FoundLinear, RankedLinear, find_attention, give_ranks
@@ -21,18 +20,6 @@ from .solver import GroupSolver
 from .statistics import DenseStatistics, DenseSums, Statistics
 from .sweep import Flow, Group, Progress, Replacement, Sweep, groups
 from .value_store import Room
-
-
-class Blocks(Protocol):
-    """Where a walk notes how far it came, for one that goes on behind it."""
-
-    def add_block(self, done: BlockDone) -> None:
-        """Notes that a block is done."""
-        ...
-
-    def last_block(self) -> BlockDone | None:
-        """The block that was done last by a run before this one."""
-        ...
 
 
 def sum_gradients(
@@ -43,14 +30,14 @@ def sum_gradients(
     *,
     for_ranks: bool = False,
     room: Room | None = None,
-    save: Blocks | None = None,
+    results: Results | None = None,
     processes: Processes | None = None,
 ) -> tuple[str | None, tuple[str, ...]]:
     """`sum_dense` for models that have gradients: why this one has none, or None, and what was out of the ordinary."""
     predictions = find_predictions(captured)
     if isinstance(predictions, str):
         return predictions, ()
-    done, add = (None, None) if save is None else (save.last_block(), save.add_block)
+    done, add = (None, None) if results is None else (results.last_block(), results.add_block)
     try:
         notes = sum_dense(
             captured,
@@ -196,7 +183,7 @@ class Reconstruction:
                 self.progress,
                 for_ranks=True,
                 room=self.room,
-                save=self.results,
+                results=self.results,
                 processes=self.processes,
             )
         pending = []
