@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from .checkpoint.format import read_report
 from .checkpoint.shards import write_model
 from .compress import check_token_ids
-from .errors import CalibrationError, OffloadError
+from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
 from .files import check_destination, remove_drafts
 from .graph.capture import Batch, capture
@@ -42,6 +43,10 @@ _SHARE_OF_BLOCK = 8
 
 _LEAST_SHARD = 1 << 24
 """Bytes of a shard of the output, however little memory there is."""
+
+
+_SLACK = 1.05
+"""Of what is said to suffice: what libraries hold is not the same every time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,12 @@ class _Job:
             )
         self.stored, self.config, self.memory = stored, config, memory
         self.output = output.expanduser().resolve()
-        self.folder = self.output.with_name(f".{self.output.name}.run") if offload is None else Path(offload)
+        beside = self.output.with_name(f".{self.output.name}.run")
+        self.folder = beside if offload is None else Path(offload).expanduser().resolve()
+        if self.output in (source := stored.folder.resolve(), *source.parents):
+            raise CheckpointError(f"{output} holds the model to compress; choose another name for the output")
+        if self.output in (self.folder, *self.folder.parents) or self.folder in self.output.parents:
+            raise OffloadError(f"the working folder {offload} and the output {output} lie in each other; take another")
         self.device = torch.device("cpu") if device is None else device
         check_token_ids(stored.model, calls)
         self.captured = capture(
@@ -107,11 +117,14 @@ class _Job:
         Raises:
             OffloadError: the memory does not suffice, or the disk of the working folder or of the output.
         """
-        needs = needs_of(self.captured, self.selection.found, self.config)
+        needs = self._needs(self.memory)
         if needs.least > self.memory:
+            enough = needs.least
+            while (least := self._needs(enough).least) > enough:  # more memory makes for larger blocks
+                enough = least
             raise OffloadError(
-                f"{format_bytes(self.memory)} of memory do not suffice for this model and these windows: "
-                f"{needs}; give {format_bytes(needs.least)} or more (--memory), or shorter windows (--seqlen)"
+                f"{format_bytes(self.memory)} of memory do not suffice for this model and these windows: {needs}; give "
+                f"{format_bytes(_SLACK * enough, up=True)} or more (--memory), or shorter windows (--seqlen)"
             )
         values_in_memory = self.memory - needs.least
         folder = needs.kept + max(needs.values - values_in_memory, 0)
@@ -126,6 +139,10 @@ class _Job:
                     "room, or name another place"
                 )
         return plan
+
+    def _needs(self, memory: int) -> Needs:
+        captured = replace(self.captured, block_bytes=max(memory // _SHARE_OF_BLOCK, 1))
+        return needs_of(captured, self.selection.found, self.config)
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a run that goes on."""
@@ -273,24 +290,24 @@ class _Layers:
         """Moves row orders into the layers behind, site by site; those that change are kept in the working folder."""
         absorbed: dict[str, str] = {}
         for number, site in enumerate(sites):
-            done = f"site-{number}"
-            known = self._work.layer(done)
-            if known is None:
+            changed = self._work.site(number)
+            if changed is None:
                 layers = {name: self._module(name) for name in (*site.sources, *site.readers)}
                 before = dict(layers)
-                found = absorb_orders(self._stored.model, [site], layers)
-                for name, layer in layers.items():
-                    if layer is not before[name]:
-                        own = {key: tensor.detach() for key, tensor in layer._parameters.items() if tensor is not None}
-                        own |= {"pivots": layer.pivots} if isinstance(layer, PifaLinear) else {}
-                        self._work.add_layer(name, own)
+                absorb_orders(self._stored.model, [site], layers)
+                new = {name: _tensors_of(layer) for name, layer in layers.items() if layer is not before[name]}
+                self._work.add_site(number, new)
                 self._last = ("", None)
                 self._stored.weights.give_back()
-                known = {"absorbed": torch.tensor(len(found))}
-                self._work.add_layer(done, known)
-            if int(known["absorbed"]):
+                changed = tuple(new)
+            if changed:
                 absorbed.update(dict.fromkeys(site.sources, ", ".join(site.readers)))
         return absorbed
+
+
+def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    own = {key: tensor.detach() for key, tensor in layer._parameters.items() if tensor is not None}
+    return own | ({"pivots": layer.pivots} if isinstance(layer, PifaLinear) else {})
 
 
 @own_numerics()
@@ -342,15 +359,21 @@ def compress_checkpoint(
         ConfigError, RankError, CaptureError, CalibrationError: as in `compress`.
     """
     started = time.perf_counter()
-    check_destination(output, overwrite=overwrite)
+    if not resume:
+        check_destination(output, overwrite=overwrite)
     stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
     plan = job.plan()
     work = WorkingFolder(job.folder, job.fingerprint(), resume=resume, processes=job.processes)
     finished = False
     try:
+        if work.has_written(job.output) and (known := read_report(job.output)) is not None:
+            job.processes.wait()
+            finished = True
+            return Report.from_dict(known)
         if job.processes.is_first:
             remove_drafts(job.output)
+        check_destination(output, overwrite=overwrite)
         report = Report(job.config.method, job.config.density, params_before=count_numbers(stored.model))
         ranked = job.reconstruct(work, plan, report, progress)
         job.processes.wait()
@@ -368,6 +391,7 @@ def compress_checkpoint(
             source=stored.folder,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
+            complete=work.add_output,
         )
         finished = True
         return report

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and where they may be written: looked at before long work."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -47,10 +48,27 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
 
 def remove_drafts(path: str | os.PathLike[str]) -> None:
-    """Removes what an `atomic_folder` of this name left when its process was killed; only while no other writes it."""
+    """Removes what an `atomic_folder` of this name left when its process was killed; only while no other writes it.
+
+    What it was about to replace is put back.
+    """
     final = _resolved(path)
-    for draft in final.parent.glob(f".{final.name}.*.partial"):
-        shutil.rmtree(draft, ignore_errors=True)
+    drafts = f".{glob.escape(final.name)}.*"
+    for retired in final.parent.glob(f"{drafts}.replaced"):
+        if not final.exists():
+            retired.rename(final)
+        shutil.rmtree(retired, ignore_errors=True)
+    for partial in final.parent.glob(f"{drafts}.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """How much memory there is, is used, and is meant by "8GiB"."""
 
+import ctypes
+import math
 import os
 import re
 
 from .errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_LARGEST = 2**63  # what an address can tell apart
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
@@ -16,18 +19,20 @@ def parse_bytes(text: str | int) -> int:
         ConfigError: it is no size.
     """
     found = _SIZE.fullmatch(str(text))
-    if found is None or float(found[1]) <= 0:
-        raise ConfigError(f"wanted a size such as 8GiB, 500MB or a number of bytes, got {text!r}")
-    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    size = 0.0 if found is None else float(found[1]) * _UNITS[(found[2] or "").lower()]
+    if not 1 <= size < _LARGEST:
+        raise ConfigError(f"wanted a size such as 8GiB, 500MB or a number of bytes, got {str(text)!r:.80}")
+    return int(size)
 
 
-def format_bytes(count: float) -> str:
-    """A size for people: "3.2 GiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """A size for people: "3.2 GiB"; with `up` not less than `count`."""
+    unit, *larger = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    while count >= 1024 and larger:
+        count, unit = count / 1024, larger.pop(0)
+    if unit == "bytes":
+        return f"{count:.0f} {unit}"
+    return f"{math.ceil(10 * count) / 10 if up else count:.1f} {unit}"
 
 
 def resident_bytes() -> int:
@@ -37,3 +42,11 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def trim_heap() -> None:
+    """Has the C library give memory that was freed back to the system; nothing where it is not glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # no such function; no library by no name, as on Windows
+        return

@@ -63,6 +63,13 @@ class LayerReport:
         dense = shape[0] * shape[1]
         return cls(name, shape, None, reason, target, dense, dense)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
+        """A layer as `asdict` gave it, or JSON made of that."""
+        quality = None if values["quality"] is None else FactorQuality(**values["quality"])
+        known = {**values, "shape": tuple(values["shape"]), "notes": tuple(values["notes"]), "quality": quality}
+        return cls(**known)
+
 
 @dataclass(frozen=True)
 class OtherReport:
@@ -107,6 +114,17 @@ class Report:
     activation_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     others: list[OtherReport] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """A report as `to_dict` gave it, or JSON made of that."""
+        plain = ("method", "density_requested", "params_before", "params_after", "seconds", "activation_bytes")
+        others = [
+            OtherReport(**{**other, "shapes": {name: tuple(shape) for name, shape in other["shapes"].items()}})
+            for other in values["others"]
+        ]
+        layers = [LayerReport.from_dict(layer) for layer in values["layers"]]
+        return cls(**{key: values[key] for key in plain}, layers=layers, notes=list(values["notes"]), others=others)
 
     def note(self, text: str) -> None:
         """Adds to `notes` what is not there yet."""

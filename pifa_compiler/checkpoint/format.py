@@ -22,7 +22,7 @@ QUANT_METHOD = "pifa"
 
 CONFIG, WEIGHTS, INDEX, REPORT = "config.json", "model.safetensors", "model.safetensors.index.json", "pifa_report.json"
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PARTS = ("w_pivot", "coeff", "pivots")
 
 
@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; wanted a folder that save_pretrained has written")
     if not folder.is_dir():
-        kind = "a pickle, which is never loaded" if folder.name.endswith(_PICKLES) else "a file"
+        kind = "a pickle, which is never loaded" if folder.name.endswith(PICKLES) else "a file"
         raise CheckpointError(f"{folder} is {kind}; wanted a folder that save_pretrained has written")
     refuse_pickles(folder)
     read_settings(folder)
@@ -205,7 +205,7 @@ def refuse_pickles(folder: Path) -> None:
         CheckpointError: naming the file.
     """
     names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(
             f"{folder / pickles[0]} is a pickle and can run code when it is read; wanted {WEIGHTS}: "
@@ -247,6 +247,8 @@ def open_tensors(file: str | os.PathLike[str]) -> Any:
     """`safe_open`, which reads the header and compares it with the file's length."""
     from safetensors import SafetensorError, safe_open
 
+    if not Path(file).is_file() and os.path.lexists(file):  # reading a pipe would wait for its other end
+        raise CheckpointError(f"{file} is no file; copy or save it again")
     try:
         return safe_open(os.fspath(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -254,6 +256,8 @@ def open_tensors(file: str | os.PathLike[str]) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file; copy or save the model again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..files import atomic_folder
+from ..files import atomic_folder, sync
 from ..report import Report
-from .format import CONFIG, INDEX, WEIGHTS
+from .format import CONFIG, INDEX, PICKLES, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack", ".md")
+_NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".md")
 
 
 def write_model(
@@ -28,6 +28,7 @@ def write_model(
     source: Path,
     shard_bytes: int,
     overwrite: bool = False,
+    complete: Callable[[Path], None] = lambda draft: None,
 ) -> None:
     """Writes a model with layers in PIFA form into a folder, wholly or not at all, as `save_pretrained` does.
 
@@ -39,6 +40,7 @@ def write_model(
         source: the folder of the dense model, whose other files (tokenizer, generation settings) are copied.
         shard_bytes: how much of the weights to hold, and to write into one file.
         overwrite: whether a saved model of that name may be replaced.
+        complete: called with the folder that holds all, on the disk, just before it takes its name.
 
     Raises:
         CheckpointError: the model could not be loaded again, or the folder cannot be written.
@@ -73,6 +75,9 @@ def write_model(
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         write_beside(partial, model, settings, report)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        complete(partial)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.format import open_tensors, weight_files
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..memory import trim_heap
 from .loading import DTYPES, explain_failure, find_folder, model_class, quietly
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class WeightsInFiles:
             path, stored = self.files[name]
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(open_tensors(path))
-            found: Tensor = self._open[path].get_tensor(stored)
+            found = _tensor(self._open[path], stored, path)
             self._read[name] = found.to(self._device, self._dtypes.get(name, found.dtype))
         return self._read[name]
 
@@ -66,6 +67,7 @@ class WeightsInFiles:
         self._read.clear()
         self._open.clear()
         self._stack.close()
+        trim_heap()
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ def open_model(
     Raises:
         CheckpointError: there is no such model, it cannot be reached, its files are missing, truncated or of another
             model, or they hold weights that transformers would convert while it loads them.
+        ConfigError: `dtype` is not one of `DTYPES`.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
@@ -139,16 +144,28 @@ def open_model(
 def _dtype_of(config: Any, dtype: str | None, files: Mapping[str, Path]) -> torch.dtype:
     """The dtype asked for; else what the config names, else that of the first tensor."""
     if dtype not in (None, "auto"):
-        assert dtype in DTYPES  # noqa: S101  the command line offers no other
         named: torch.dtype = getattr(torch, str(dtype))
         return named
     own = getattr(config, "dtype", None)
     if isinstance(own, torch.dtype):
         return own
-    name, path = next(iter(files.items()))
-    with open_tensors(path) as tensors:
-        first: torch.dtype = tensors.get_tensor(name).dtype
-        return first
+    for name, path in files.items():
+        with open_tensors(path) as tensors:
+            dtype_of_first = _tensor(tensors, name, path).dtype
+        if dtype_of_first.is_floating_point:
+            return dtype_of_first
+    raise CheckpointError(f"{next(iter(files.values()), 'the model')} holds no floating-point tensor; it is no model")
+
+
+def _tensor(tensors: Any, name: str, path: Path) -> Tensor:
+    """A tensor of an open file, mapped into memory."""
+    from safetensors import SafetensorError
+
+    try:
+        found: Tensor = tensors.get_tensor(name)
+    except (SafetensorError, OSError, KeyError, AttributeError) as error:  # the last two for dtypes unknown to torch
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); fetch the model again") from error
+    return found
 
 
 def _places(model: nn.Module, files: Mapping[str, Path], folder: Path) -> dict[str, tuple[Path, str]]:

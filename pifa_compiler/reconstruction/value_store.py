@@ -1,6 +1,5 @@
 """`ValueStore`: what a walk over a graph keeps of every batch between two steps, in memory or beyond it in files."""
 
-import os
 import secrets
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -140,19 +139,30 @@ class ValueStore:
         path = folder / next(self._names)
         try:
             with path.open("wb") as file:
-                value.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(file)
+                file.write(_numbers(value.detach().cpu().contiguous()))
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OffloadError(
-                f"{folder} cannot hold what is kept between steps: {os.strerror(error.errno or 0)}; make room, or name "
-                "another folder (--offload)"
+                f"{folder} cannot hold what is kept between steps: {error.strerror}; make room, or name another folder "
+                "(--offload)"
             ) from error
         return _InFile(path, value.shape, value.dtype, value.device)
 
     def _read(self, value: Any) -> Any:
         if isinstance(value, _InFile):
-            numbers = torch.empty(value.shape, dtype=value.dtype)
-            with value.path.open("rb") as file:
-                file.readinto(numbers.view(torch.uint8).numpy().data)
-            return numbers.to(value.device)
+            tensor = torch.empty(value.shape, dtype=value.dtype)
+            numbers = _numbers(tensor)
+            try:
+                with value.path.open("rb") as file:
+                    whole = file.readinto(numbers) == len(numbers)
+            except OSError as error:
+                raise OffloadError(f"{value.path} cannot be read: {error.strerror}; start with --resume") from error
+            if not whole:
+                raise OffloadError(f"{value.path} was cut off meanwhile; start with --resume")
+            return tensor.to(value.device)
         return value.tensor.to(value.device) if isinstance(value, _Moved) else value
+
+
+def _numbers(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).data

@@ -5,7 +5,8 @@ lock              held by the process that works here
 linears/NAME      sums of the dense model at a linear: what the allocator saw, and the gradients' Gram matrix
 blocks/RANK-N     gradients at the border that the way back through the dense model has come to
 groups/NAME       factors of linears that read one value, and their reports
-layers/NAME       layers that took over, or gave away, a row order
+sites/NUMBER      layers of a site that took over, or gave away, a row order
+output.json       which folder the output is, written just before that takes its name
 values/           what does not fit into memory between two steps; worthless to another process
 """
 
@@ -13,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import OffloadError
 from ..factors import FactorQuality, PifaFactors
+from ..files import sync
 from ..graph.linears import weight_name
 from ..processes import Processes
 from ..report import LayerReport
@@ -32,8 +34,8 @@ from .gradients import BlockDone
 from .solver import Solved
 from .sweep import Group
 
-_RUN, _LOCK = "run.json", "lock"
-_ROOMS = ("linears", "blocks", "groups", "layers", "values")
+_RUN, _LOCK, _OUTPUT = "run.json", "lock", "output.json"
+_ROOMS = ("linears", "blocks", "groups", "sites", "values")
 
 
 class WorkingFolder:
@@ -57,14 +59,20 @@ class WorkingFolder:
         self._processes = Processes() if processes is None else processes
         self._graph: dict[str, Node] = {}
         self._seen: dict[str, Seen] = {}
+        self._site_of: dict[str, int] = {}
         self._lock: IO[str] | None = None
         if self._processes.is_first:
             with _explained(folder):
+                there, locked_before = folder.exists(), (folder / _LOCK).exists()
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(folder)
                 try:
                     self._start(run, resume=resume)
                 except BaseException:
+                    if not locked_before:
+                        (folder / _LOCK).unlink(missing_ok=True)
+                    if not there:
+                        shutil.rmtree(folder, ignore_errors=True)
                     self._lock.close()
                     raise
         self._processes.wait()
@@ -76,17 +84,17 @@ class WorkingFolder:
             self._compare(_read_json(known), wanted)
             if not resume:
                 raise OffloadError(f"{self.folder} holds a run that was stopped; resume it (--resume), or delete it")
-        elif any(path.name != _LOCK for path in self.folder.iterdir()):
+        elif any(path.name not in (_LOCK, f"{_RUN}.draft") for path in self.folder.iterdir()):
             raise OffloadError(f"{self.folder} is not empty and no working folder; name another one")
         elif resume:
             raise OffloadError(f"{self.folder} holds no run to go on with; start one without --resume")
+        else:
+            _write_json(known, wanted)
         shutil.rmtree(self.values, ignore_errors=True)  # of a process that was killed
         for room in _ROOMS:
             (self.folder / room).mkdir(exist_ok=True)
         for draft in self.folder.rglob("*.draft"):
             draft.unlink()
-        if not known.exists():
-            _write_whole(known, lambda draft: draft.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
 
     def _compare(self, known: Any, wanted: Any) -> None:
         if not isinstance(known, dict):
@@ -106,8 +114,21 @@ class WorkingFolder:
     def close(self, *, finished: bool) -> None:
         """Lets another run work here; with `finished` the folder is gone."""
         if self._lock is not None:
-            shutil.rmtree(self.folder if finished else self.values, ignore_errors=True)
+            for room in _ROOMS if finished else ("values",):
+                shutil.rmtree(self.folder / room, ignore_errors=True)
+            if finished:  # what says so goes last
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
+
+    def add_output(self, draft: Path) -> None:
+        """Notes that the output lies in the folder `draft`, complete, and will be given its name now."""
+        with _explained(self.folder):
+            _write_json(self.folder / _OUTPUT, _identity(draft))
+
+    def has_written(self, output: Path) -> bool:
+        """Whether the folder `output` is what this run has made, and it was stopped after that."""
+        known = self.folder / _OUTPUT
+        return known.exists() and output.exists() and _read_json(known) == _identity(output)
 
     def bind(self, graph: GraphModule) -> None:
         """Says which graph the nodes are of that results are asked for."""
@@ -123,8 +144,9 @@ class WorkingFolder:
     def seen(self, linear: Node) -> Seen | None:
         """See `Results`."""
         name = weight_name(linear)
-        if name not in self._seen and (found := self._read("linears", name, ("seen",))) is not None:
-            self._seen[name] = Seen(found[0].get("seen"), found[1]["weighted"] == "1")
+        if name not in self._seen and (found := self._read("linears", name, "seen")) is not None:
+            with _whole(self._path("linears", name)):
+                self._seen[name] = Seen(found[0].get("seen"), found[1]["weighted"] == "1")
         return self._seen.get(name)
 
     @property
@@ -134,7 +156,7 @@ class WorkingFolder:
 
     def gradient_gram(self, name: str) -> Tensor | None:
         """The sum of gradients of the weight `name`, [out, out]; None if there is none."""
-        found = self._read("linears", name, ("gradient_gram",))
+        found = self._read("linears", name, "gradient_gram")
         return None if found is None else found[0].get("gradient_gram")
 
     def add_block(self, done: BlockDone) -> None:
@@ -154,19 +176,21 @@ class WorkingFolder:
 
     def last_block(self) -> BlockDone | None:
         """See `Results`; the last that all processes have done."""
-        own = self.folder.glob(f"blocks/{self._processes.rank}-*.safetensors")
-        numbers = self._processes.gather([int(path.stem.partition("-")[2]) for path in own])
+        own = [path.stem for path in self.folder.glob(f"blocks/{self._processes.rank}-*.safetensors")]
+        numbers = self._processes.gather([int(stem.partition("-")[2]) for stem in own])
         if not all(numbers):
             return None
-        found = _load(self._block(max(map(min, numbers))))
+        path = self._block(max(map(min, numbers)))
+        found = _load(path)
         if found is None:
             return None
-        notes = json.loads(found[1]["done"])
-        gradients: list[dict[Node, Tensor]] = [{} for _ in range(notes["batches"])]
-        for key, tensor in found[0].items():
-            batch, _, name = key.partition(" ")
-            gradients[int(batch)][self._graph[name]] = tensor
-        return BlockDone(notes["block"], gradients, notes["bfloat16"])
+        with _whole(path):
+            notes = json.loads(found[1]["done"])
+            gradients: list[dict[Node, Tensor]] = [{} for _ in range(notes["batches"])]
+            for key, tensor in found[0].items():
+                batch, _, name = key.partition(" ")
+                gradients[int(batch)][self._graph[name]] = tensor
+            return BlockDone(notes["block"], gradients, notes["bfloat16"])
 
     def add_group(self, group: Group, solved: Mapping[Node, Solved]) -> None:
         """See `Results`."""
@@ -183,43 +207,58 @@ class WorkingFolder:
 
     def solved(self, group: Group) -> Mapping[Node, Solved] | None:
         """See `Results`."""
-        found = self._read("groups", weight_name(group.members[0]))
+        first = weight_name(group.members[0])
+        found = self._read("groups", first)
         if found is None:
             return None
-        tensors, notes = found[0], json.loads(found[1]["solved"])
-        solved: dict[Node, Solved] = {}
-        for name, report in notes["reports"].items():
-            w_pivot, coeff, pivots = (tensors[f"{name} {part}"] for part in ("w_pivot", "coeff", "pivots"))
-            factors = PifaFactors(w_pivot, coeff, pivots, FactorQuality(**notes["qualities"][name]))
-            quality = report.pop("quality")
-            kept = LayerReport(
-                **{
-                    **report,
-                    "shape": tuple(report["shape"]),
-                    "notes": tuple(report["notes"]),
-                    "quality": None if quality is None else FactorQuality(**quality),
-                }
-            )
-            solved[self._graph[name]] = Solved(factors, kept)
+        tensors, solved = found[0], dict[Node, Solved]()
+        with _whole(self._path("groups", first)):
+            notes = json.loads(found[1]["solved"])
+            for name, report in notes["reports"].items():
+                w_pivot, coeff, pivots = (tensors[f"{name} {part}"] for part in ("w_pivot", "coeff", "pivots"))
+                factors = PifaFactors(w_pivot, coeff, pivots, FactorQuality(**notes["qualities"][name]))
+                solved[self._graph[name]] = Solved(factors, LayerReport.from_dict(report))
         return solved
 
-    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps the tensors of the layer `name`, by their names in it, instead of those that its group gave it."""
-        self._write("layers", name, dict(tensors), {})
+    def add_site(self, number: int, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keeps the layers that a site has changed, by name, instead of what groups and earlier sites made of them.
+
+        All of them at once: a layer whose row order is gone fits only those that have taken it over.
+
+        Args:
+            number: of the site; sites are added in order.
+            layers: the tensors of each layer, by their names in it; none if the site has changed nothing.
+        """
+        tensors = {f"{name} {part}": tensor for name, own in layers.items() for part, tensor in own.items()}
+        self._write("sites", str(number), tensors, {"layers": json.dumps(list(layers))})
+        self._site_of.update(dict.fromkeys(layers, number))
+
+    def site(self, number: int) -> tuple[str, ...] | None:
+        """Names of the layers that a site has changed; None if it was not added yet."""
+        found = self._read("sites", str(number), None)
+        if found is None:
+            return None
+        with _whole(self._path("sites", str(number))):
+            names = tuple(json.loads(found[1]["layers"]))
+            self._site_of.update(dict.fromkeys(names, number))
+            return names
 
     def layer(self, name: str) -> dict[str, Tensor] | None:
-        """What `add_layer` kept; None if it kept nothing."""
-        found = self._read("layers", name)
-        return None if found is None else found[0]
+        """The tensors of the layer `name` as the last site has changed it, of those asked for or added; or None."""
+        if name not in self._site_of:
+            return None
+        found = self._read("sites", str(self._site_of[name]), f"{name} ")
+        return None if found is None else {key.partition(" ")[2]: tensor for key, tensor in found[0].items()}
+
+    def _path(self, room: str, name: str) -> Path:
+        return self.folder / room / f"{name}.safetensors"
 
     def _write(self, room: str, name: str, tensors: Mapping[str, Tensor | None], notes: dict[str, str]) -> None:
         known = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-        _save(self.folder / room / f"{name}.safetensors", known, notes)
+        _save(self._path(room, name), known, notes)
 
-    def _read(
-        self, room: str, name: str, wanted: tuple[str, ...] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        return _load(self.folder / room / f"{name}.safetensors", wanted)
+    def _read(self, room: str, name: str, start: str | None = "") -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        return _load(self._path(room, name), start)
 
 
 class GramsOnDisk(Mapping[str, Tensor]):
@@ -257,32 +296,53 @@ def _save(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> N
         _write_whole(path, write)
 
 
-def _load(path: Path, wanted: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def _load(path: Path, start: str | None = "") -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors of a file whose names start with `start`, or none, and its notes; None if there is no such file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         return None
+    with _whole(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = [] if start is None else [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
+                return {key: file.get_tensor(key).clone() for key in keys}, dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Says of a file that does not hold what it should that it is damaged, and what to delete."""
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118
-            return {key: file.get_tensor(key).clone() for key in keys}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise OffloadError(f"{path} is damaged ({error}); delete it, and --resume makes it again") from error
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        # Gradients are summed of all linears together, as far as blocks were done.
+        more = f" and {path.parents[1] / 'blocks'}" if path.parent.name == "linears" else ""
+        raise OffloadError(
+            f"{path} is damaged ({error}); delete it{more}, and --resume makes again what is missing"
+        ) from error
 
 
-def _write_whole(path: Path, write: Any) -> None:
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1)
+    _write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def _identity(folder: Path) -> list[int]:
+    """What tells a folder from others, whatever it is called."""
+    stat = folder.stat()
+    return [stat.st_dev, stat.st_ino]
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written under another name, brought to the disk, and given its own name."""
     draft = path.with_name(f"{path.name}.draft")
     try:
         write(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(draft)
         draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -300,9 +360,12 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> IO[str]:
-    file = (folder / _LOCK).open("w", encoding="utf-8")
+    path = folder / _LOCK
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError("the run that worked there ends at this moment")
     except BlockingIOError as error:
         file.close()
         raise OffloadError(f"another process works in {folder}; wait for it, or name another folder") from error
@@ -312,7 +375,7 @@ def _locked(folder: Path) -> IO[str]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 
