@@ -91,7 +91,8 @@ def rank_exceeds(weight: Tensor, rank: int) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(n, generator=generator)[:size].to(weight.device) for n in weight.shape)
-    part = weight[rows][:, columns].float()
+    part = weight[rows][:, columns]
+    part = (part / part.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)).float()  # squares stay within float32
     last = torch.linalg.lu_factor_ex(part).LU.diagonal()[rank:].abs().median()
     noise = 20 * torch.finfo(weight.dtype).eps + 4 * size * torch.finfo(torch.float32).eps
     return bool(last > noise * part.square().mean().sqrt() * size**0.5 / (2 * 3**0.5))

@@ -17,7 +17,10 @@ from .errors import RankError
 Pivoting = Literal["lu", "qr"]
 
 MAXVOL_BOUND = 1.02
-"""Swaps go on until no coefficient exceeds this; at 1 the pivot rows span a locally maximal volume."""
+"""Swaps go on until no coefficient exceeds this; at 1 the pivot rows span a locally maximal volume.
+
+A stored coefficient is above it by its rounding at most.
+"""
 
 PIVOT_NOISE = 32
 """An LU's smallest pivot, relative to its largest, means independent columns above this times size * eps of its dtype.
@@ -36,6 +39,9 @@ is nothing to gain: rounding the coefficients, which comes after, loses a millio
 
 PROBES = 16
 """Random vectors that a norm is estimated by, to one part in sqrt(2 * 16) or better."""
+
+_SAFE_EXPONENT = 200
+"""Weights beyond 2 to plus or minus this (1e60) are scaled first, so that squares of U V stay within float64."""
 
 _CONTINUOUS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,13 +167,14 @@ def factorize(
         dtype: storage dtype of the result; None keeps the dtype of `weight`.
 
     Raises:
-        RankError: the weight is not finite, is zero, or `rank` is outside 1..min(out, in).
+        RankError: the weight is not finite, is zero, `rank` is outside 1..min(out, in), or the storage dtype
+            has no room for the pivot rows: these are rows of the weight, so that their scale is not free to choose.
     """
-    parts = _parts(weight)
-    _check(*parts, rank)
-    space = _column_space(*parts, rank, orthonormal=pivoting == "qr")
+    given = _Given.of(weight)
+    _check_rank(given.shape, rank)
+    space = _column_space(given, rank, orthonormal=pivoting == "qr")
     pivots = _choose_pivots(space, pivoting)
-    return _with_pivots(parts, space, pivots, gram, dtype or parts[0].dtype)
+    return _with_pivots(given, space, pivots, gram, dtype or given.dtype)
 
 
 def factorize_jointly(
@@ -187,25 +194,79 @@ def factorize_jointly(
         gram, dtype: as in `factorize`; `gram` is that of the input they share.
 
     Raises:
-        RankError: as in `factorize`, or the weights differ in their number of rows.
+        RankError: as in `factorize`, the weights differ in their number of rows, or no rows were found that are
+            independent in all of them.
     """
-    all_parts = [_parts(weight) for weight in weights]
-    for parts in all_parts:
-        _check(*parts, None)
-    if len({parts[0].shape[0] for parts in all_parts}) != 1:
-        shapes = [list(parts[0].shape) for parts in all_parts]
+    all_given = [_Given.of(weight) for weight in weights]
+    if len({given.shape[0] for given in all_given}) != 1:
+        shapes = [list(given.u.shape) for given in all_given]
         raise RankError(f"weights whose outputs meet must have as many rows, got U or W of {shapes}")
-    spaces = [_column_space(*parts, None) for parts in all_parts]
+    spaces = [_column_space(given, None) for given in all_given]
     rank = min(space.rank for space in spaces)
     spaces = [
-        space if space.rank == rank else _column_space(*parts, rank)
-        for parts, space in zip(all_parts, spaces, strict=True)
+        space if space.rank == rank else _column_space(given, rank)
+        for given, space in zip(all_given, spaces, strict=True)
     ]
-    pivots = _maxvol([space.basis for space in spaces], spaces[0].independent_rows()).sort().values
+    try:
+        pivots = _maxvol([space.basis for space in spaces], spaces[0].independent_rows()).sort().values
+    except torch.linalg.LinAlgError as error:
+        raise RankError(
+            f"independent rows of one weight depend on each other in another ({error}); factorize them one by one"
+        ) from error
     return [
-        _with_pivots(parts, space, pivots, gram, dtype or parts[0].dtype)
-        for parts, space in zip(all_parts, spaces, strict=True)
+        _with_pivots(given, space, pivots, gram, dtype or given.dtype)
+        for given, space in zip(all_given, spaces, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A weight u v, or u where v is None, times 2^-exponent, so that squares of its numbers stay within float64.
+
+    Attributes:
+        u, v: [out, r] and [r, in], as they came unless they were too large or too small.
+        exponent: 0 unless they were.
+        dtype: that u came in.
+    """
+
+    u: Tensor
+    v: Tensor | None
+    exponent: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor | tuple[Tensor, Tensor]) -> "_Given":
+        u, v = (weight, None) if isinstance(weight, Tensor) else weight
+        _check(u, v)
+        scaled, exponent = _within_range(u)
+        if v is None:
+            return cls(scaled, None, exponent, u.dtype)
+        right, exponent_of_v = _within_range(v)
+        return cls(scaled, right, exponent + exponent_of_v, u.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.u.shape[0], (self.u if self.v is None else self.v).shape[1]
+
+
+def _within_range(matrix: Tensor) -> tuple[Tensor, int]:
+    """The matrix times 2^-exponent and the exponent: 0 unless its numbers lie beyond 2^+-`_SAFE_EXPONENT`."""
+    exponent = _exponent(matrix)
+    if abs(exponent) <= _SAFE_EXPONENT:
+        return matrix, 0
+    return _times_power_of_two(matrix.double(), -exponent), exponent
+
+
+def _exponent(matrix: Tensor) -> int:
+    """e, so that the largest number is below 2^e in size, and not below half of that; 0 for zeros."""
+    return math.frexp(float(matrix.abs().max()))[1] if matrix.numel() else 0
+
+
+def _times_power_of_two(matrix: Tensor, exponent: int) -> Tensor:
+    """Exact but for over- and underflow; in two steps, since 2^exponent itself may be outside of float64."""
+    bounded = max(-2000, min(exponent, 2000))  # that many binary orders lie outside of it whatever they are times
+    return matrix if exponent == 0 else matrix * 2.0 ** (bounded // 2) * 2.0 ** (bounded - bounded // 2)
 
 
 @dataclass(frozen=True)
@@ -232,30 +293,54 @@ class _Space:
         return _lu_basis(self.basis)[1] if self.rows is None else self.rows
 
 
-def _parts(weight: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return (weight, None) if isinstance(weight, Tensor) else weight
-
-
 def _with_pivots(
-    parts: tuple[Tensor, Tensor | None],
+    given: _Given,
     space: _Space,
     pivots: Tensor,
     gram: Tensor | None,
     storage: torch.dtype,
 ) -> PifaFactors:
-    """The factors of a weight once its pivot rows are chosen."""
+    """The factors of a weight once its pivot rows are chosen.
+
+    Raises:
+        RankError: they over- or underflow in the storage dtype.
+    """
     others = torch.ones(space.basis.shape[0], dtype=torch.bool, device=pivots.device)
     others[pivots] = False
     rows = space.left[pivots] @ space.right
-    w_pivot = rows.to(storage)
+    w_pivot = _times_power_of_two(rows, given.exponent).to(storage)
+    rounded = _times_power_of_two(w_pivot.double(), -given.exponent)
+    _check_stored(rows, rounded, given.exponent, storage)
     exact = torch.linalg.solve(space.basis[pivots], space.basis[others], left=False)
-    coeff = _fit_to_rounded(exact, rows, w_pivot, gram).to(storage)
+    coeff = exact if storage in (torch.float64, torch.float32) else _fit_to_rounded(exact, rows, rounded, gram)
+    coeff = coeff.to(storage)
+    if not bool(torch.isfinite(coeff).all()):
+        raise RankError(f"the coefficients are not finite in {storage}: the pivot rows depend on each other")
     quality = FactorQuality(
         max_coeff=float(coeff.abs().max()) if coeff.numel() else 0.0,
         condition=_condition(exact),
-        error=_probe_error(*parts, w_pivot, coeff, pivots, others),
+        error=_probe_error(given, rounded, coeff, pivots, others),
     )
     return PifaFactors(w_pivot.contiguous(), coeff.contiguous(), pivots, quality)
+
+
+def _check_stored(rows: Tensor, stored: Tensor, exponent: int, dtype: torch.dtype) -> None:
+    """Refuses pivot rows that are not finite in `dtype`, or lost more than rounding costs.
+
+    To round a number of a dtype's normal range costs eps / 2 of it at most, so that many numbers lose no more together.
+    Twice that is allowed: what a few numbers below the normal range lose beyond it can hardly be told from rounding.
+
+    Args:
+        rows, stored: before and after rounding, [r, in], float64, times 2^-exponent.
+    """
+    if bool((stored - rows).norm() <= torch.finfo(dtype).eps * rows.norm()):  # never true of NaN and Inf
+        return
+    largest, info = float(_times_power_of_two(rows.abs().max(), exponent)), torch.finfo(dtype)
+    raise RankError(
+        f"the pivot rows, of numbers up to {largest:.3g}, do not fit into {dtype}: it holds numbers up to "
+        f"{info.max:.3g}, and those below {info.tiny:.3g} without full precision; ask for a wider dtype, scale the "
+        "weight, or leave it as it is"
+    )
 
 
 def _condition(coeff: Tensor, steps: int = 10) -> float:
@@ -282,21 +367,23 @@ def numerical_rank(weight: Tensor) -> int:
     value is that times (sqrt out + sqrt in). Singular values below twice this are noise; in float32 and float64 those
     below eight times this, since there the sums that made the weight were rounded along the way too.
     """
+    dtype = weight.dtype
+    weight, _ = _within_range(weight)
     singular = torch.linalg.svdvals(weight.double())
-    return int((singular > _noise_level(weight, float(singular[0]))).sum())
+    return int((singular > _noise_level(weight, float(singular[0]), dtype)).sum())
 
 
-def _noise_level(weight: Tensor, largest: float) -> float:
-    """The singular value of `weight` below which there is only noise; `largest` is its first."""
+def _noise_level(weight: Tensor, largest: float, dtype: torch.dtype) -> float:
+    """The singular value below which there is only noise, of a weight that came in `dtype`; `largest` is its first."""
     rms = float(weight.double().square().mean().sqrt())
     spread = math.sqrt(weight.shape[0]) + math.sqrt(weight.shape[1])
-    factor = 8 if weight.dtype in (torch.float32, torch.float64) else 2
-    stored = factor * torch.finfo(weight.dtype).eps * rms * spread / (2 * math.sqrt(3))
+    factor = 8 if dtype in (torch.float32, torch.float64) else 2
+    stored = factor * torch.finfo(dtype).eps * rms * spread / (2 * math.sqrt(3))
     computed = largest * max(weight.shape) * torch.finfo(torch.float64).eps
     return max(stored, computed)
 
 
-def _check(u: Tensor, v: Tensor | None, rank: int | None) -> None:
+def _check(u: Tensor, v: Tensor | None) -> None:
     for name, matrix in (("weight" if v is None else "U", u), ("V", v)):
         if matrix is None:
             continue
@@ -306,16 +393,20 @@ def _check(u: Tensor, v: Tensor | None, rank: int | None) -> None:
             raise RankError(f"{name} {list(matrix.shape)} holds NaN or Inf; repair or skip this layer")
     if v is not None and u.shape[1] != v.shape[0]:
         raise RankError(f"U {list(u.shape)} and V {list(v.shape)} do not chain: U's columns must be V's rows")
-    limit = min(u.shape) if v is None else min(u.shape[0], v.shape[1])
+
+
+def _check_rank(shape: tuple[int, int], rank: int | None) -> None:
+    limit = min(shape)
     if rank is not None and not 1 <= rank <= limit:
         raise RankError(f"rank must lie in 1..{limit} for this weight, got {rank}")
 
 
-def _column_space(u: Tensor, v: Tensor | None, rank: int | None, *, orthonormal: bool = False) -> _Space:
-    """The weight u v, or u where v is None, at the rank to keep; its basis orthonormal if asked for."""
+def _column_space(given: _Given, rank: int | None, *, orthonormal: bool = False) -> _Space:
+    """The weight at the rank to keep; its basis orthonormal if asked for."""
+    u, v = given.u, given.v
     if v is None:
         left, singular, right = torch.linalg.svd(u.double(), full_matrices=False)
-        available = int((singular > _noise_level(u, float(singular[0]))).sum())
+        available = int((singular > _noise_level(u, float(singular[0]), given.dtype)).sum())
         mixed = singular[:, None] * right
     else:
         if not orthonormal and rank in (None, u.shape[1]) and (space := _space_of_full_pair(u, v)) is not None:
@@ -346,7 +437,7 @@ def _space_of_full_pair(u: Tensor, v: Tensor) -> _Space | None:
     basis, rows, smallest = _lu_basis(left)
     if not smallest > PIVOT_NOISE * max(u.shape) * torch.finfo(torch.float64).eps:
         return None
-    unit = torch.nn.functional.normalize(right, dim=1)
+    unit = torch.nn.functional.normalize(right, dim=1, eps=torch.finfo(torch.float64).tiny)
     # In float32 first, for half the time; what its rounding noise leaves in doubt is looked at in float64.
     for dtype in (torch.float32, torch.float64):
         smallest = _smallest_pivot(_lu_factor(unit.T.to(dtype))[0])
@@ -489,11 +580,15 @@ def _growing_swaps(coeffs: Sequence[Tensor], most: int = 96) -> tuple[Tensor, Te
 def _fit_to_rounded(coeff: Tensor, exact: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
     """Coefficients that map the rounded pivot rows [r, in] to what `coeff` maps the exact ones to, on inputs of `gram`.
 
-    Solves for a correction, so that a singular Gram matrix leaves `coeff` as it is instead of failing.
+    Solves for a correction, so that a singular Gram matrix leaves `coeff` as it is instead of failing. Rows that depend
+    on each other but for little have it large where it is of little use: a row of coefficients whose largest would
+    exceed `MAXVOL_BOUND` by it goes without.
     """
-    if rounded.dtype in (torch.float64, torch.float32) or coeff.numel() == 0:
+    if coeff.numel() == 0:
         return coeff
-    rows, lost = rounded.float(), (exact - rounded).float()
+    exponent = -_exponent(exact)  # squares of what bfloat16 holds may lie outside of float32
+    rows = _times_power_of_two(rounded, exponent).float()
+    lost = _times_power_of_two(exact - rounded, exponent).float()
     if gram is None:
         weighted = rows
     else:
@@ -504,7 +599,9 @@ def _fit_to_rounded(coeff: Tensor, exact: Tensor, rounded: Tensor, gram: Tensor 
     if bool(failed):
         return coeff
     correction = torch.cholesky_solve((weighted @ lost.T).double(), factor).T
-    return coeff + (coeff.float() @ correction.float()).double()
+    fitted = coeff + (coeff.float() @ correction.float()).double()
+    limit = coeff.abs().amax(dim=1, keepdim=True).clamp(min=MAXVOL_BOUND)
+    return torch.where(fitted.abs().amax(dim=1, keepdim=True) <= limit, fitted, coeff)
 
 
 def rounding_error(w_pivot: Tensor, coeff: Tensor, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -529,11 +626,12 @@ def rounding_error(w_pivot: Tensor, coeff: Tensor, dtype: torch.dtype = torch.bf
     return float((rounded - exact).norm() / exact.norm()) if bool(exact.any()) else 0.0
 
 
-def _probe_error(u: Tensor, v: Tensor | None, w_pivot: Tensor, coeff: Tensor, pivots: Tensor, others: Tensor) -> float:
+def _probe_error(given: _Given, w_pivot: Tensor, coeff: Tensor, pivots: Tensor, others: Tensor) -> float:
+    """Relative error of the factors, their pivot rows scaled as what was given is."""
     x = _probes(w_pivot)
-    wanted = u.double() @ x if v is None else u.double() @ (v.double() @ x)
+    wanted = given.u.double() @ (x if given.v is None else given.v.double() @ x)
     got = torch.empty_like(wanted)
-    got[pivots] = w_pivot.double() @ x
+    got[pivots] = w_pivot @ x
     got[others] = coeff.double() @ got[pivots]
     return float((got - wanted).norm() / wanted.norm())
 

@@ -339,3 +339,21 @@ def test_a_linear_in_front_of_a_pair_does_not_take_it_apart_and_no_layer_is_repo
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)  # float32, sums in another order
     assert sorted(layer.name for layer in report.layers) == ["0", "1", "3"]
     assert {layer.name for layer in report.factorized} == {"1", "3"}
+
+
+@pytest.mark.parametrize(
+    ("scale", "of_inputs", "words"),
+    [(3000, 1e-3, "do not fit into torch.float16"), (1e-3, 1e4, "without full precision")],
+    ids=["overflow", "underflow"],
+)
+def test_a_pair_whose_product_does_not_fit_into_its_dtype_stays(scale: float, of_inputs: float, words: str):
+    model = Pair(48, 32, 7, bias=False).requires_grad_(False)
+    for layer in (model.ALinear, model.BLinear):
+        layer.weight.copy_(torch.randn_like(layer.weight) * scale)
+    model.half()
+    x = (torch.randn(5, 32) * of_inputs / 100).half()
+    wanted = model(x)
+    assert bool(wanted.isfinite().all())
+    report = pc.compact(model)
+    assert words in report.layers[0].skipped
+    assert torch.equal(model(x), wanted)

@@ -130,11 +130,97 @@ def test_rounding_error_is_that_of_the_dense_weight():
         (torch.ones(3), None, "floating-point matrix"),
         (torch.ones(3, 4, dtype=torch.int64), None, "floating-point matrix"),
         ((torch.ones(3, 2), torch.ones(3, 4)), None, "do not chain"),
+        (
+            (torch.full((3, 2), 3e3).half(), torch.full((2, 4), 3e3).half()),
+            None,
+            "up to 1.8e.07, do not fit into torch.f",
+        ),
+        (
+            (torch.full((3, 2), 1e-4).half(), torch.full((2, 4), 1e-4).half()),
+            None,
+            "below 6.1e-05 without full precision",
+        ),
+        ((torch.full((3, 2), 1e-25), torch.full((2, 4), 1e-25)), None, "do not fit into torch.float32"),
+        ((torch.full((3, 2), 1e-20).bfloat16(), torch.full((2, 4), 1e-20).bfloat16()), None, "into torch.bfloat16"),
+        ((torch.full((3, 2), 1e-200).double() * 1e-200, torch.ones(2, 4)), None, "zero"),
+        ((torch.full((3, 2), 1e-200, dtype=torch.float64),) * 2, None, "do not chain"),
+        ((torch.full((3, 3), 1e-200, dtype=torch.float64),) * 2, None, "up to 0, do not fit into torch.float64"),
+        ((torch.full((3, 3), 1e200, dtype=torch.float64),) * 2, None, "up to inf, do not fit into torch.float64"),
     ],
 )
 def test_factorize_refuses(weight, rank, words):
     with pytest.raises(RankError, match=words):
         factorize(weight, rank=rank)
+
+
+def test_factorize_refuses_a_dtype_too_narrow_for_the_weight():
+    with pytest.raises(
+        RankError, match=r"up to 1e\+05, do not fit into torch.float16: it holds numbers up to 6.55e\+04"
+    ):
+        factorize(torch.full((4, 4), 1e5), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("scale", [5e-308, 1e-200, 1e-160, 1e150, 1e300])
+def test_factorize_works_to_the_ends_of_float64(scale):
+    u, v = torch.randn(20, 4, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+    for weight in ((u @ v) * scale, (u * scale, v), (u * scale**0.5, v * scale**0.5), (u / scale**0.4, v * scale)):
+        factors = factorize(weight)
+        assert factors.rank == 4
+        assert factors.quality.error < 1e-12  # as in `test_factorize_is_lossless_in_float64`
+
+
+def test_zeros_beside_the_pivot_rows_are_no_reason_to_refuse():
+    weight = torch.zeros(12, 9)
+    weight[3:6] = torch.randn(3, 9)
+    assert factorize(weight.half()).quality.error < torch.finfo(torch.float16).eps
+
+
+def check_any_weight(seed: int) -> None:
+    """Factors of a random pair, well conditioned or not, are refused or within what rounding can cost."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    d_out, d_in = integer(1, 40), integer(1, 40)
+    rank = integer(1, min(d_out, d_in) + 1)
+    orders = 8 * float(torch.rand(1, generator=generator))  # of magnitude, between the largest and the smallest
+    decays = [torch.logspace(0, -orders, n, dtype=torch.float64) for n in (d_out, rank, d_in)]
+    left, between, right = (decay if integer(0, 2) else torch.ones_like(decay) for decay in decays)
+    dtype = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[integer(0, 4)]
+    scale = 10.0 ** integer(-9, 9)
+    u, v = left[:, None] * normal(d_out, rank) * between * scale, normal(rank, d_in) * right
+    gram = None if integer(0, 2) else (lambda x: x.T @ x)(normal(50, d_in) * right)
+    try:
+        factors = factorize((u, v), dtype=dtype, gram=gram)
+    except RankError as error:
+        if dtype is torch.float16 and "do not fit into torch.float16" in str(error):
+            return
+        raise  # all others have room for these scales
+    eps = torch.finfo(dtype).eps
+    assert factors.quality.max_coeff <= MAXVOL_BOUND * (1 + eps), seed
+    if gram is not None:
+        return  # coefficients fit the inputs that it is of, and not all
+    w_pivot, coeff = factors.w_pivot.double(), factors.coeff.double()
+    got = torch.cat((w_pivot, coeff @ w_pivot))[factors.order()]
+    # By rounding of both factors P and C: |C| |dP| + |dC| |P|, each off by eps of it at most, and 1e-12 as above.
+    bound = eps * (1 + 2 * float(coeff.norm())) + 1e-12
+    assert factors.quality.error <= 1.5 * bound, seed  # estimated
+    assert float((got - u @ v).norm()) <= bound * float((u @ v).norm()), seed
+
+
+def test_any_weight_is_within_rounding_or_refused():
+    for seed in (*range(300), 561, 1553):  # where fitting to the rounded rows alone would exceed the bound
+        check_any_weight(seed)
+
+
+@pytest.mark.slow
+def test_thousands_of_weights_are_within_rounding_or_refused():
+    for seed in range(300, 8300):
+        check_any_weight(seed)
 
 
 def test_factorize_refuses_an_unknown_pivoting():
@@ -210,6 +296,9 @@ def test_joint_factors_lower_all_to_the_least_rank_and_refuse_other_heights():
     assert [factors.rank for factors in factorize_jointly([large, small])] == [3, 3]
     with pytest.raises(RankError, match="must have as many rows"):
         factorize_jointly([small, torch.randn(11, 9).double()])
+    upper, lower = torch.eye(8)[:, :3] @ torch.randn(3, 9), torch.eye(8)[:, 4:7] @ torch.randn(3, 9)
+    with pytest.raises(RankError, match="depend on each other in another"):
+        factorize_jointly([upper, lower])
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(30, 7), (200, 60), (90, 89), (50, 50)])

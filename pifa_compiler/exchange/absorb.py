@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ..errors import RankError
 from ..factors import factorize_jointly
 from ..graph.linears import uses_of_weights, weight_name
 from ..linear import PifaLinear
@@ -128,7 +129,10 @@ def absorb_orders(
             continue
         if not all(isinstance(reader, PifaLinear) or is_plain_linear(reader) for reader in readers):
             continue
-        factors = _of_one_order(sources)
+        try:
+            factors = _of_one_order(sources)
+        except RankError:  # other rows of theirs do not fit into their dtype, or none are independent in each
+            continue
         place = torch.argsort(factors[0].row_order())
         for name, source in zip(site.sources, factors, strict=True):
             layers[name] = _without_order(source, place)

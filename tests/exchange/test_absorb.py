@@ -105,6 +105,19 @@ def test_ranks_that_differ_keep_their_orders():
     assert model.up.order is not None
 
 
+def test_layers_without_independent_rows_in_common_keep_their_orders():
+    model, x = GatedMlp(pairs=False).requires_grad_(False), torch.randn(64, 16)
+    rows = model.gate.out_features // 2
+    for layer, mine in ((model.gate, slice(rows)), (model.up, slice(rows, None))):
+        low_rank = torch.randn(rows, 3) @ torch.randn(3, 16)
+        layer.weight.zero_()
+        layer.weight[mine] = low_rank
+    wanted = model(x)
+    pc.compact(model, x)
+    assert model.gate.order is not None or model.up.order is not None
+    assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)  # lossless up to float32 rounding
+
+
 def test_a_dense_layer_behind_takes_the_order_and_a_tied_one_does_not():
     class Tied(nn.Module):
         def __init__(self, tied: bool):

@@ -109,3 +109,14 @@ def test_a_pair_whose_input_is_written_in_between_stays():
     records = run_passes(gm, [Canonicalize(), FactorizePair()])
     assert records[-1].outcome == Skip("the graph may write in place between the two linears")
     assert_close(gm(x.clone()), model(x.clone()))
+
+
+def test_a_pair_whose_product_overflows_stays():
+    model = pair(16, 5, 24).half()
+    for layer in model:
+        layer.weight.mul_(3000)
+    gm = symbolic_trace(model)
+    run_passes(gm, [Canonicalize()])
+    (record,) = run_passes(gm, [FactorizePair()])
+    assert "do not fit into torch.float16" in record.outcome.reason
+    assert op_counts(gm) == {aten.linear.default: 2}
