@@ -1,4 +1,4 @@
-/* PifaScatter for onnxruntime on CPUs: y[..., j] = [y_p, y_n][..., order[j]], float32 and float16.
+/* PifaScatter for onnxruntime on CPUs: y[..., j] = [y_p, y_n][..., order[j]] in float64, float32 and float16.
 
    The onnxruntime wheels ship no header. What is declared here is the part of its C API (versions 17 on) that is
    used: functions are reached by their place in its table, which never changes, as the table only grows. */
@@ -20,7 +20,7 @@ typedef struct Context Context;
 typedef struct Options Options;
 typedef struct Domain Domain;
 
-enum { FLOAT = 1, INT64 = 7, FLOAT16 = 10, INVALID_ARGUMENT = 2 };
+enum { FLOAT = 1, INT64 = 7, FLOAT16 = 10, DOUBLE = 11, INVALID_ARGUMENT = 2 };
 
 typedef void *const *Api;
 
@@ -67,6 +67,7 @@ typedef struct {
     static void name(const type *y_p, const type *y_n, type *y, const int64_t *order, int64_t rank, int64_t out) { \
         for (int64_t j = 0; j < out; j++) y[j] = order[j] < rank ? y_p[order[j]] : y_n[order[j] - rank];           \
     }
+SCATTER_ROW(uint64_t, scatter_row_64)
 SCATTER_ROW(uint32_t, scatter_row_32)
 SCATTER_ROW(uint16_t, scatter_row_16)
 
@@ -112,7 +113,9 @@ static void scatter_row(const Job *job, int64_t row) {
     const void *y_p = job->y_p + row * job->rank * (int64_t)job->size;
     const void *y_n = job->y_n + row * (job->out - job->rank) * (int64_t)job->size;
     void *y = job->y + row * job->out * (int64_t)job->size;
-    if (job->size == 4) {
+    if (job->size == 8) {
+        scatter_row_64(y_p, y_n, y, job->order, job->rank, job->out);
+    } else if (job->size == 4) {
 #if defined(__AVX512F__)
         if (job->merges) {
             merge_row_32(y_p, y_n, y, job->order, job->rank, job->out);
@@ -188,7 +191,7 @@ static Status *compute(void *kernel, Context *context) {
         return CREATE_STATUS(INVALID_ARGUMENT, "PifaScatter: y_p [..., r], y_n [..., n] and order [r + n] do not fit");
     Job job = {.y_p = y_p.data, .y_n = y_n.data, .order = order.data, .rows = 1, .rank = y_p.dims[last]};
     job.out = order.dims[0];
-    job.size = y_p.type == FLOAT ? 4 : 2;
+    job.size = y_p.type == DOUBLE ? 8 : y_p.type == FLOAT ? 4 : 2;
     if (!check_order(&job)) return CREATE_STATUS(INVALID_ARGUMENT, "PifaScatter: order names a row that is not there");
     for (size_t i = 0; i < last; i++) job.rows *= y_p.dims[i];
 
@@ -263,7 +266,7 @@ static Status *op_create(const Op *op, Api api, const void *info, void **kernel)
         .compute = compute, .start_version = op_one, .end_version = op_last_version, .element_type = type      \
     }
 
-static const Op OPS[] = {OP(FLOAT), OP(FLOAT16)};
+static const Op OPS[] = {OP(DOUBLE), OP(FLOAT), OP(FLOAT16)};
 
 EXPORT Status *RegisterCustomOps(Options *options, const ApiBase *base) {
     const Api api = base->get_api(API_VERSION);

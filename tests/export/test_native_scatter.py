@@ -40,7 +40,9 @@ def merge_order(out: int, rank: int, rng: np.random.Generator) -> np.ndarray:
 @needs_native
 @pytest.mark.parametrize("any_order", [False, True], ids=["merge", "any"])
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(TensorProto.FLOAT, np.float32), (TensorProto.FLOAT16, np.float16)], ids=["fp32", "fp16"]
+    ("kind", "dtype"),
+    [(TensorProto.DOUBLE, np.float64), (TensorProto.FLOAT, np.float32), (TensorProto.FLOAT16, np.float16)],
+    ids=["fp64", "fp32", "fp16"],
 )
 @pytest.mark.parametrize(
     ("rows", "rank", "out"), [(1, 1, 2), (3, 17, 33), (2, 64, 64), (0, 4, 9), (5, 31, 95), (700, 130, 257)]
