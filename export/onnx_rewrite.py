@@ -94,7 +94,11 @@ def rewrite_onnx(
     if source.resolve() == final:
         raise ExportError(f"{path_in} cannot be rewritten in its own place; give another output file")
     read_model(source)  # refuses what is not to be trusted, external data above all
-    model = ir.load(source)
+    check_model(source)
+    try:
+        model = ir.load(source)
+    except ir.serde.SerdeError as error:
+        raise ExportError(f"{path_in} cannot be read: {error}; copy it again") from error
     external = any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
     version = model.opset_imports.get("", 0)
     if version < OLDEST_OPSET:
@@ -111,7 +115,10 @@ def rewrite_onnx(
     model.ir_version = max(model.ir_version or 0, OLDEST_IR_VERSION)
     onnx_ops.attach_functions(model)
     with atomic_files(final, data_file(final), ExportError) as partial:
-        ir.save(model, partial, external_data=data_file(partial).name if external else None)
+        try:
+            ir.save(model, partial, external_data=data_file(partial).name if external else None)
+        except ir.serde.SerdeError as error:  # a name, say, that is no text
+            raise ExportError(f"{path_in} cannot be written anew: {error}; copy it again") from error
         check_model(partial)
     return OnnxRewrite(str(final), records, before, after, time.perf_counter() - started)
 
@@ -222,6 +229,8 @@ def _judge(inner: _Product, outers: list[_Product]) -> PifaFactors | str:
     if len(dtypes := {product.dtype for product in (inner, *outers)}) > 1 or inner.dtype not in _DTYPES:
         return f"weights of {', '.join(sorted(dtypes))} are not of one floating dtype that is known"
     (d_in, width), d_out = inner.shape, sum(outer.shape[1] for outer in outers)
+    if any(outer.shape[0] != width for outer in outers):
+        return "the two products do not fit together"
     if width >= min(d_out, d_in):
         return f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs"
     try:

@@ -389,6 +389,8 @@ def _check(u: Tensor, v: Tensor | None) -> None:
             continue
         if matrix.ndim != 2 or matrix.dtype not in _CONTINUOUS:
             raise RankError(f"{name} must be a floating-point matrix, got {matrix.dtype} {list(matrix.shape)}")
+        if matrix.numel() == 0:
+            raise RankError(f"{name} {list(matrix.shape)} is empty: nothing to factorize")
         if not bool(torch.isfinite(matrix).all()):
             raise RankError(f"{name} {list(matrix.shape)} holds NaN or Inf; repair or skip this layer")
     if v is not None and u.shape[1] != v.shape[0]:

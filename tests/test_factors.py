@@ -126,6 +126,8 @@ def test_rounding_error_is_that_of_the_dense_weight():
         (torch.tensor([[1.0, math.nan]]), None, "NaN or Inf"),
         (torch.zeros(3, 4), None, "zero"),
         (torch.ones(3, 4), 0, "rank must lie in 1..3"),
+        (torch.ones(0, 4), None, "is empty"),
+        ((torch.ones(3, 0), torch.ones(0, 4)), None, "is empty"),
         (torch.ones(3, 4), 4, "rank must lie in 1..3"),
         (torch.ones(3), None, "floating-point matrix"),
         (torch.ones(3, 4, dtype=torch.int64), None, "floating-point matrix"),

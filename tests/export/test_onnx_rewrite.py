@@ -6,12 +6,16 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from onnx import helper
+from fuzz import fuzz_onnx
+from onnx import helper, numpy_helper
 from onnx_models import low_rank_file, matrix, node_types, save_graph
 from pifa_compiler.export import rewrite_onnx, session, to_onnx
 from torch import nn
 
 from pifa_compiler.errors import ExportError
+
+RANDOM = np.random.default_rng(0)
+SHAPES = (("V", (24, 8)), ("U", (8, 32)))
 
 
 def check_lossless(source: Path, target: Path, d_in: int) -> None:
@@ -209,6 +213,90 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(ExportError, match=r"data file 'external.onnx.data' is missing"):
         rewrite_onnx(source, tmp_path / "out.onnx")
+
+
+def change_tensor(source: Path, name: str, **fields: object) -> None:
+    model = onnx.load(source, load_external_data=False)
+    (tensor,) = (each for each in model.graph.initializer if each.name == name)
+    for field, value in fields.items():
+        if isinstance(value, list):
+            tensor.ClearField(field)
+            getattr(tensor, field).extend(value)
+        else:
+            setattr(tensor, field, value)
+    source.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["inside", "external"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dims": [8, 2**31]}, "68719476736"),  # 64 GiB
+        ({"dims": [8, -32]}, "no shape or dtype"),
+        ({"dims": [8, 31]}, "992"),
+        ({"data_type": 999}, "of no known dtype"),
+        ({"data_type": 0}, "no shape or dtype"),
+    ],
+)
+def test_data_that_does_not_fit_its_dimensions_is_refused(
+    tmp_path: Path, fields: dict[str, object], words: str, external: bool
+) -> None:
+    source = low_rank_file(tmp_path / "in.onnx", external=external)
+    change_tensor(source, "U", **fields)
+    with pytest.raises(ExportError, match=f"'U'.*{words}"):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
+def test_two_constants_of_one_name_are_refused(tmp_path: Path) -> None:
+    source = low_rank_file(tmp_path / "in.onnx")
+    model = onnx.load(source)
+    model.graph.initializer.append(matrix("V", 24, 8))
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="two constants are called 'V'"):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
+def file_of(path: Path, dtype: type, scale: float) -> Path:
+    """y = x V U of a dtype other than float32, the weights times `scale`."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    constants = [numpy_helper.from_array(RANDOM.standard_normal(s).astype(dtype) * dtype(scale), n) for n, s in SHAPES]
+    nodes = [helper.make_node("MatMul", ["x", "V"], ["a"]), helper.make_node("MatMul", ["a", "U"], ["y"])]
+    values = [helper.make_tensor_value_info(name, kind, ["n", size]) for name, size in (("x", 24), ("y", 32))]
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_a_file_in_float64_is_rewritten_and_opened_with_the_native_operator(tmp_path: Path) -> None:
+    source, x = file_of(tmp_path / "in.onnx", np.float64, 1), RANDOM.standard_normal((5, 24))
+    rewrite_onnx(source, tmp_path / "out.onnx")
+    (wanted,) = session(source).run(None, {"x": x})
+    for native in (False, True):
+        (got,) = session(tmp_path / "out.onnx", native=native).run(None, {"x": x})
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())  # sums in another order
+
+
+@pytest.mark.parametrize("scale", [300, 1e-4], ids=["overflow", "underflow"])
+def test_a_pair_whose_product_does_not_fit_into_its_dtype_stays(tmp_path: Path, scale: float) -> None:
+    source = file_of(tmp_path / "in.onnx", np.float16, scale)
+    with pytest.raises(ExportError, match=r"nothing written: .*do not fit into torch.float16"):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
+def test_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
+    # 616, 709, 1229, 2017: a dtype that does not exist, names that are no text, in the graph and of a data file
+    for first, count in ((0, 20), (616, 1), (709, 1), (1229, 1), (2017, 1)):
+        (folder := tmp_path / str(first)).mkdir()
+        outcomes, wrong = fuzz_onnx.run(folder, range(first, first + count))
+        assert wrong == []
+        assert outcomes.total() == count
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
+    outcomes, wrong = fuzz_onnx.run(tmp_path, range(10_000, 12_000))
+    assert wrong == []
+    assert min(outcomes["rewritten"], outcomes["refused"]) > 200  # both are tried
 
 
 def test_paths_and_opsets_that_do_not_do_are_refused(tmp_path: Path) -> None:
