@@ -2,10 +2,11 @@
 
 The folder is what transformers writes, plus:
 
-    config.json        `quantization_config` says method, densities, ranks and versions (see `quantizer.describe`)
-    model.safetensors  each `PifaLinear` as `w_pivot`, `coeff`, `pivots` and, if there is one, `bias`
-    pifa_report.json   the report, if one was given
-    README.md          what it is, and how to load it
+    config.json          `quantization_config` says method, densities, ranks and versions (see `quantizer.describe`)
+    model.safetensors    each `PifaLinear` as `w_pivot`, `coeff`, `pivots` and, if there is one, `bias`
+    pifa_report.json     the report, if one was given
+    pifa_checksums.json  a checksum for each tensor
+    README.md            what it is, and how to load it
 
 **Loading without this package** must not succeed: transformers warns about a quantization method that it does not know,
 builds dense layers, and fills them with random weights. Two things stop it. `save_pretrained` writes into config.json,
@@ -20,6 +21,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from ..exchange.atomic import Exchange
 from ..files import atomic_folder, check_destination
 from ..linear import PifaLinear
 from ..report import Report
-from .format import CONFIG, REPORT, check_folder, is_pifa, refuse_plain_module
+from .checksums import verify_checksums, write_checksums
+from .format import CONFIG, REPORT, check_folder, few_modules, is_pifa, loading_errors, refuse_plain_module
 
 _IMPORT_FIRST = (
     "none: this is a PIFA model, `pip install pifa-compiler` and `import pifa_compiler` before from_pretrained"
@@ -79,12 +82,13 @@ def save_pretrained(
 
 
 def write_beside(folder: Path, model: Any, settings: Mapping[str, Any], report: Report | None) -> None:
-    """Finishes a folder that holds a model's config and weights: what stops other loaders, the report, a model card."""
+    """Finishes a folder that holds a model's config and weights: what stops other loaders, report, checksums, card."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["transformers_weights"] = _IMPORT_FIRST
     _write_json(folder / CONFIG, config)
     if report is not None:
         _write_json(folder / REPORT, report.to_dict())
+    write_checksums(folder)
     (folder / "README.md").write_text(_model_card(model, settings), encoding="utf-8")
 
 
@@ -93,6 +97,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    verify: bool = False,
 ) -> Any:
     """Loads a compressed model that any `save_pretrained` has written; dense weights are never built.
 
@@ -103,12 +108,14 @@ def load_pretrained(
         folder: the folder, or "owner/name" of a model on the Hugging Face Hub.
         dtype: of the floating-point weights; None keeps what was saved.
         device: where to; None is the CPU.
+        verify: whether to read all tensors first and compare them with the checksums saved with them; of a folder only.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, not a PIFA model, of a newer format, or holds pickles only.
+        CheckpointError: the folder is missing, damaged, not a PIFA model, of a newer format, or holds pickles only;
+            with `verify`, a tensor is not what was saved, or there are no checksums.
     """
     import transformers
 
@@ -116,23 +123,27 @@ def load_pretrained(
 
     register()
     where = os.fspath(folder)
-    if os.path.lexists(where) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where):
-        check_folder(Path(where))
+    tensors = None
     elsewhere = device is not None and torch.device(device).type != "cpu"
     try:
+        if os.path.lexists(where) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where):
+            tensors = check_folder(Path(where))
+        if verify:
+            verify_checksums(Path(where))
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
         if not is_pifa(config):
             raise CheckpointError(f"{where} is not a PIFA model; load it with transformers and compress() it")
         config.transformers_weights = None  # for releases of transformers that show the quantizer no config in time
-        model, found = _saved_class(config, where).from_pretrained(
-            where,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            device_map={"": device} if elsewhere else None,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{where} cannot be loaded: {error}") from error
+        with nullcontext() if tensors is None else few_modules(len(tensors)):
+            model, found = _saved_class(config, where).from_pretrained(
+                where,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                device_map={"": device} if elsewhere else None,
+                output_loading_info=True,
+            )
+    except loading_errors() as error:
+        raise CheckpointError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise CheckpointError(
@@ -159,7 +170,8 @@ def _saved_class(config: Any, where: str) -> Any:
     """The model class named in the config: one of transformers', or one registered with its Auto classes."""
     import transformers
 
-    name = (config.architectures or [""])[0]
+    named = config.architectures
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found

@@ -1,14 +1,19 @@
 """The files of a saved model: their names, what they say, and what is refused before anything of them is loaded."""
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import stat
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError
 
@@ -23,7 +28,22 @@ QUANT_METHOD = "pifa"
 CONFIG, WEIGHTS, INDEX, REPORT = "config.json", "model.safetensors", "model.safetensors.index.json", "pifa_report.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_GENERATION = "generation_config.json"
 _PARTS = ("w_pivot", "coeff", "pivots")
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that weights may have. Narrower ones are read by nothing that computes a layer."""
+
+_FLOATING_NAMES = ("F64", "F32", "F16", "BF16")
+
+_LARGEST_JSON = 1 << 28
+"""Bytes; those of the largest models have some 2 ** 23."""
+
+_MOST_BUFFERED = 1 << 26
+"""Numbers of a model that are in no file: tables of positions, masks."""
+
+_MOST_MODULES = (1000, 16)
+"""Of a model: so many, and so many for each tensor in its files. Dense models have less than two for each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: there is no such file, it is not JSON, not of a PIFA model, or of a newer format.
     """
     path = Path(folder) / CONFIG
-    settings = _read_json(path).get("quantization_config")
+    settings = read_json(path).get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not a PIFA model; load it with transformers and compress() it")
     check_settings(settings, str(path))
@@ -53,14 +73,18 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The report saved with a model, as `Report.to_dict` gave it; None if there is none."""
     path = Path(folder) / REPORT
-    return _read_json(path) if path.exists() else None
+    return read_json(path) if os.path.lexists(path) else None
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a local folder that is not a whole PIFA model; reads the config and the files' headers.
+def check_folder(folder: Path) -> dict[str, Path]:
+    """Refuses a local folder that is not a whole PIFA model; reads the JSON files and the headers of the others.
+
+    Returns:
+        The file of each tensor, as `weight_files` does.
 
     Raises:
         CheckpointError: naming the file.
+        OSError: it cannot be read.
     """
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; wanted a folder that save_pretrained has written")
@@ -69,7 +93,19 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is {kind}; wanted a folder that save_pretrained has written")
     refuse_pickles(folder)
     read_settings(folder)
-    weight_files(folder)
+    tensors = weight_files(folder)
+    if not (folder / WEIGHTS).exists() and not isinstance(read_json(folder / INDEX).get("metadata"), dict):
+        raise CheckpointError(f"{folder / INDEX} has no table `metadata`; it is damaged, copy it again")
+    config = read_json(folder / CONFIG)
+    refuse_fetched_code(config, str(folder / CONFIG))
+    for key, value in _entries(config):
+        if key.endswith(("layer", "layers")) and isinstance(value, int) and value > max(len(tensors), _MOST_MODULES[0]):
+            raise CheckpointError(
+                f"{folder / CONFIG} says {key}: {value}, the files hold {len(tensors)} tensors; it is damaged"
+            )
+    if os.path.lexists(folder / _GENERATION):
+        read_json(folder / _GENERATION)
+    return tensors
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -84,7 +120,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(tensors.keys(), folder / WEIGHTS)
     if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it is incomplete, copy or save it again")
-    shards = _read_json(folder / INDEX).get("weight_map")
+    shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{folder / INDEX} has no table `weight_map`; it is damaged, copy it again")
     for shard in set(shards.values()):
@@ -104,6 +140,65 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 f"{folder / shard} does not hold {key}, which {folder / INDEX} says it does; copy the model again"
             )
     return {key: folder / shard for key, shard in shards.items()}
+
+
+def refuse_fetched_code(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a config that names an attention, or the like, of a repository: transformers would fetch and run it.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+    for key, value in _entries(config):
+        if key.strip("_").removesuffix("_internal").endswith("_implementation") and "/" in str(value):
+            raise CheckpointError(
+                f"{where} says {key}: {value!r:.80}, code that would be fetched and run; take the entry out, or load "
+                "it with transformers' from_pretrained if you trust that code"
+            )
+
+
+def _entries(config: object) -> Iterator[tuple[str, Any]]:
+    """Every key in a config, those of configs within it too, and its value."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield str(key), value
+            yield from _entries(value)
+
+
+@contextmanager
+def few_modules(tensors: int) -> Iterator[None]:
+    """Stops the building of a model, in this thread, that has far more modules than its files have tensors.
+
+    A config with a wrong number in it may ask for more than can ever be built.
+
+    Raises:
+        CheckpointError: it is stopped.
+    """
+    built, most = 0, _MOST_MODULES[0] + _MOST_MODULES[1] * tensors
+    here = threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal built
+        built += threading.get_ident() == here
+        if built > most:
+            raise CheckpointError(
+                f"the config describes a model of more than {most} modules, its files hold {tensors} tensors; "
+                "it is damaged"
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """What transformers, and what it is made of, raise when a file says something that they do not expect."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError)
+    return (*builtin, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
@@ -127,6 +222,12 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
         if not _is_count(rank):
             raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
     _check_pairs(settings.get("pairs"), ranks, found, where)
+    versions, method = settings.get("versions") or {}, settings.get("method")
+    if not isinstance(versions, dict) or not all(isinstance(each, str) for each in (*versions.values(), method or "")):
+        raise CheckpointError(f"{where}: wanted names as `method` and `versions`; it is damaged")
+    for key in ("density", "density_requested"):
+        if not isinstance(settings.get(key), int | float | None):
+            raise CheckpointError(f"{where}: wanted a number as `{key}`, got {settings[key]!r:.80}; it is damaged")
 
 
 def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:
@@ -146,8 +247,12 @@ def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, w
             )
 
 
-def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mapping[str, LayerShape]) -> None:
+def check_tensors(
+    files: Sequence[str], ranks: Mapping[str, int], shapes: Mapping[str, LayerShape], model: nn.Module
+) -> None:
     """Refuses safetensors files whose PIFA tensors are missing, misshapen or contradictory, before they are loaded.
+
+    So it does a model that is much larger than its files, and integers where it has floating-point numbers.
 
     Reads the headers and the `pivots`, nothing else.
 
@@ -155,17 +260,21 @@ def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mappin
         files: all of a model's weight files.
         ranks: all of its layers in PIFA form, by the name in the saved model.
         shapes: what those layers have to look like that the class being loaded has, by the same name.
+        model: on the meta device, with these layers.
 
     Raises:
         CheckpointError: naming the tensor.
     """
     headers: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
     layers: set[str] = set()
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file} is not a safetensors file; pickles are never loaded, save the model again")
         with open_tensors(file) as tensors:
-            headers.update((key, tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            headers.update((key, found.get_shape()) for key, found in slices.items())
+            dtypes.update((key, found.get_dtype()) for key, found in slices.items())
     layers = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in _PARTS}
     # transformers renames tensors of some architectures when it saves; then the names agree in number only.
     if not layers >= ranks.keys() and len(layers) == len(ranks):
@@ -174,6 +283,14 @@ def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mappin
         raise CheckpointError(f"{min(unknown)}: in PIFA form in the config or in the file, not in both; it is damaged")
     for name in sorted(layers):
         _check_layer(name, headers, shapes.get(name))
+    floating = {key for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    floating |= {f"{name}.{part}" for name in layers for part in ("w_pivot", "coeff")}
+    for key in sorted(floating & dtypes.keys()):
+        if dtypes[key] not in _FLOATING_NAMES:
+            raise CheckpointError(
+                f"{key}: wanted one of {', '.join(_FLOATING_NAMES)}, got {dtypes[key]}; it is damaged"
+            )
+    _check_size(model, sum(math.prod(shape) for shape in headers.values()))
     for file in files:
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118
@@ -181,6 +298,16 @@ def check_tensors(files: Sequence[str], ranks: Mapping[str, int], shapes: Mappin
                 if part == "pivots":
                     rank, others = headers[f"{name}.w_pivot"][0], headers[f"{name}.coeff"][0]
                     check_pivots(tensors.get_tensor(key), rank, rank + others, name)
+
+
+def _check_size(model: nn.Module, stored: int) -> None:
+    """Refuses a model that holds far more numbers than its files: what is not in them would be made of nothing."""
+    own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    numbers = sum(tensor.numel() for tensor in own.values())
+    if numbers > 4 * stored + _MOST_BUFFERED:
+        raise CheckpointError(
+            f"the config describes a model of {numbers:,} numbers, its files hold {stored:,}; it is damaged"
+        )
 
 
 def check_pivots(pivots: Tensor, rank: int, out_features: int, name: str) -> None:
@@ -251,18 +378,26 @@ def open_tensors(file: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{file} is no file; copy or save it again")
     try:
         return safe_open(os.fspath(file), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # it is mapped whole
         raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy or save it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no file; copy or save the model again")
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its other end, a device may have no end
+            raise CheckpointError(f"{path} is no file; copy or save the model again")
+        if status.st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{path} has {status.st_size:,} bytes, wanted {_LARGEST_JSON:,} or less")
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; wanted a folder that save_pretrained has written") from error
-    except (OSError, ValueError) as error:  # a decoding error is a ValueError, of JSON as of UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # a decoding error is a ValueError, of JSON as of UTF-8
         raise CheckpointError(f"{path} cannot be read ({error}); copy or save the model again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: wanted a JSON object, got a {type(found).__name__}; copy or save it again")

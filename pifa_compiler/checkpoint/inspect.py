@@ -2,15 +2,18 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..factors import rounding_error, stored_numbers
-from .format import read_report, read_settings
+from .checksums import verify_checksums
+from .format import FLOATING, open_tensors, read_report, read_settings, weight_files
+
+Kind = TypeVar("Kind", int, float, str, list[Any])
 
 
 @dataclass(frozen=True)
@@ -85,49 +88,44 @@ class Inspection:
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
-def inspect(folder: str | os.PathLike[str]) -> Inspection:
+def inspect(folder: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
     """Reads a folder that `save_pretrained` has written; weights are read one layer at a time.
 
+    Args:
+        folder: the folder.
+        verify: whether to compare all tensors with the checksums saved with them.
+
     Raises:
-        CheckpointError: it is no PIFA model, it is damaged, or its report is.
+        CheckpointError: it is no PIFA model, it is damaged, or its report is; with `verify`, a tensor is not what was
+            saved, or there are no checksums.
     """
     settings = read_settings(folder)
+    if verify:
+        verify_checksums(Path(folder))
     report = read_report(folder) or {}
     measured = _measure_layers(Path(folder), settings["ranks"])
     try:
         rows = {row["name"]: row for row in report.get("layers", [])}
         layers = [_merge(row, measured.get(name)) for name, row in rows.items()]
-    except (KeyError, TypeError, ValueError) as error:
+        before, after = (_optional(report.get(key), int) for key in ("params_before", "params_after"))
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: pifa_report.json is damaged ({error!r}); delete it or save again") from error
     layers += [layer for name, layer in measured.items() if name not in rows]
-    return Inspection(
-        settings.get("method"),
-        settings.get("density_requested"),
-        settings.get("density"),
-        report.get("params_before"),
-        report.get("params_after"),
-        layers,
-    )
+    method, requested, density = (settings.get(key) for key in ("method", "density_requested", "density"))
+    return Inspection(method, requested, density, before, after, layers)
 
 
 def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
     """What the tensors of each layer in PIFA form say of it."""
-    from safetensors import SafetensorError, safe_open
-
     places: dict[str, dict[str, Any]] = {}
     measured = {}
     with ExitStack() as stack:
-        try:
-            for file in sorted(folder.glob("*.safetensors")):
-                tensors = stack.enter_context(safe_open(file, framework="pt"))
-                for key in tensors.keys():  # noqa: SIM118 -- safe_open is no mapping
-                    name, _, part = key.rpartition(".")
-                    if part in ("w_pivot", "coeff"):
-                        places.setdefault(name, {})[part] = tensors
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file ({error}); save the model again"
-            ) from error
+        files = weight_files(folder)
+        opened = {file: stack.enter_context(open_tensors(file)) for file in dict.fromkeys(files.values())}
+        for key, file in files.items():
+            name, _, part = key.rpartition(".")
+            if part in ("w_pivot", "coeff"):
+                places.setdefault(name, {})[part] = opened[file]
         whole = {name: parts for name, parts in places.items() if len(parts) == 2}
         if len(whole) != len(ranks):
             raise CheckpointError(
@@ -141,9 +139,10 @@ def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
 
 
 def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:
-    if w_pivot.ndim != 2 or coeff.ndim != 2 or w_pivot.shape[0] != coeff.shape[1]:
-        shapes = f"w_pivot {list(w_pivot.shape)} and coeff {list(coeff.shape)}"
-        raise CheckpointError(f"{name}: {shapes} do not fit each other; the file is damaged")
+    fits = w_pivot.ndim == coeff.ndim == 2 and w_pivot.shape[0] == coeff.shape[1] > 0 and w_pivot.shape[1] > 0
+    if not fits or not {w_pivot.dtype, coeff.dtype} <= set(FLOATING):
+        found = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (w_pivot, coeff))
+        raise CheckpointError(f"{name}: w_pivot and coeff, {found}, do not fit each other; the file is damaged")
     rank, d_out, d_in = w_pivot.shape[0], w_pivot.shape[0] + coeff.shape[0], w_pivot.shape[1]
     return Layer(
         name,
@@ -157,24 +156,35 @@ def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:
 
 
 def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
-    """What the report says about a layer, and what its tensors say where they do."""
-    shape = (int(row["shape"][0]), int(row["shape"][1]))
-    if measured is None:
-        quality = row.get("quality") or {}
-        before, after = int(row["stored_before"]), int(row["stored_after"])
-        extra: dict[str, Any] = {"max_coeff": quality.get("max_coeff")}
-    else:
-        shape, before, after = measured.shape, measured.stored_before, measured.stored_after
-        extra = {"max_coeff": measured.max_coeff, "bf16_error": measured.bf16_error}
-    rank = row["rank"] if measured is None else measured.rank
-    return Layer(
-        row["name"],
-        shape,
-        rank,
-        before,
-        after,
-        error=row["error"],
-        skipped=row["skipped"],
-        notes=tuple(row["notes"]),
-        **extra,
+    """What the report says about a layer, and what its tensors say where they do.
+
+    Raises:
+        LookupError, TypeError, ValueError: the report says something odd.
+    """
+    d_out, d_in = row["shape"]
+    quality = row.get("quality") or {}
+    told = Layer(
+        _is_a(row["name"], str),
+        (_is_a(d_out, int), _is_a(d_in, int)),
+        _optional(row["rank"], int),
+        _is_a(row["stored_before"], int),
+        _is_a(row["stored_after"], int),
+        _optional(quality.get("max_coeff"), float),
+        error=_optional(row["error"], float),
+        skipped=_optional(row["skipped"], str),
+        notes=tuple(_is_a(note, str) for note in _is_a(row["notes"], list)),
     )
+    if measured is None:
+        return told
+    return replace(measured, error=told.error, skipped=told.skipped, notes=told.notes)
+
+
+def _is_a(value: Any, kind: type[Kind]) -> Kind:
+    """`value`, which has to be of this kind; a float may be written as an integer."""
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
+    return kind(value)  # type: ignore[call-arg]
+
+
+def _optional(value: Any, kind: type[Kind]) -> Kind | None:
+    return None if value is None else _is_a(value, kind)

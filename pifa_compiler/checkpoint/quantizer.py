@@ -24,6 +24,7 @@ from ..exchange.pairs import chain_of, identity_behind, split_pairs
 from ..linear import PifaLinear
 from ..report import Report
 from .format import (
+    FLOATING,
     FORMAT_VERSION,
     QUANT_METHOD,
     LayerShape,
@@ -124,13 +125,14 @@ class PifaHfQuantizer(HfQuantizer):
                 del model.all_tied_weights_keys[tied]
         shapes = {saved_name: layer for saved_name, (_, (layer, _, _)) in placed.items()}
         if checkpoint_files:
-            check_tensors(checkpoint_files, self.quantization_config.ranks, shapes)
+            check_tensors(checkpoint_files, self.quantization_config.ranks, shapes, model)
         # The guard of `add_guard` is expected, whichever layer it stands at.
         replaced = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, PifaLinear))
         ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)({replaced})\.weight$"}
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _check_loaded(model)
         for name, module in model.named_modules():
             if isinstance(module, PifaLinear):
                 if module.pivots.is_meta:
@@ -210,6 +212,25 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
         attach(model, config, block)
     settings: dict[str, Any] = config.to_dict()
     return settings
+
+
+def _check_loaded(model: Any) -> None:
+    """Refuses a model with parameters that transformers made up, as their tensors are missing, or that are no floats.
+
+    A head that the saved model did not have is new to this class, and there to be trained.
+    """
+    prefix = f"{model.base_model_prefix}."
+    whole = type(model).__name__ in (model.config.architectures or []) or model.base_model is model
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or any(pattern.search(name) for pattern in ignored):
+            continue
+        if not getattr(parameter, "_is_hf_initialized", False) and (whole or name.startswith(prefix)):
+            raise CheckpointError(
+                f"the tensor {name} is missing; the folder is damaged or incomplete: copy or save it again"
+            )
+        if parameter.dtype not in FLOATING:
+            raise CheckpointError(f"{name}: wanted floating-point numbers, got {parameter.dtype}; it is damaged")
 
 
 def add_guard(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:

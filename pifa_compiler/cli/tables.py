@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..memory import format_bytes
@@ -75,7 +76,7 @@ def plan(found: "Plan", device: str) -> None:
 
 def layers(found: "Inspection", folder: Path) -> None:
     """A table by layer, and totals; below the largest coefficient and "in bf16" stands the largest of all layers."""
-    table = Table(title=str(folder), show_footer=True)
+    table = Table(title=escape(str(folder)), show_footer=True)
     table.add_column("layer", "total", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
@@ -87,7 +88,7 @@ def layers(found: "Inspection", folder: Path) -> None:
     table.add_column("left dense because", overflow="fold")
     for layer in found.layers:
         table.add_row(
-            layer.name,
+            escape(layer.name),
             f"{layer.shape[0]} x {layer.shape[1]}",
             "dense" if layer.rank is None else str(layer.rank),
             f"{layer.stored_before:,}",
@@ -95,7 +96,7 @@ def layers(found: "Inspection", folder: Path) -> None:
             _number(layer.max_coeff, ".2f"),
             _number(layer.bf16_error, ".4f"),
             _number(layer.error, ".4f"),
-            "; ".join((*((layer.skipped,) if layer.skipped else ()), *layer.notes)),
+            escape("; ".join((*((layer.skipped,) if layer.skipped else ()), *layer.notes))),
         )
     console = _console()
     console.print(table)

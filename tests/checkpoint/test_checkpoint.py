@@ -137,10 +137,60 @@ def test_a_rank_unlike_the_tensors_is_refused(folder):
     assert_refused(folder, r"up_proj\.w_pivot: wanted \[6, 32\]")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"x": ' + b"[" * 100_000])
 def test_an_unreadable_config_is_refused(content, folder):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json.*copy or save"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, "cannot be loaded"),
+        ({"head_dim": 0}, "cannot be loaded"),
+        ({"hidden_act": 7}, "cannot be loaded"),
+        ({"hidden_size": "32"}, "cannot be loaded"),
+        ({"architectures": 7}, "transformers has no class ''"),
+        ({"architectures": [7]}, "transformers has no class ''"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, the files hold 34 tensors"),
+        ({"num_hidden_layers": 900}, "more than 1544 modules, its files hold 34 tensors"),
+        ({"vocab_size": 10**12}, "a model of .* numbers, its files hold"),
+        ({"_attn_implementation": "owner/kernel"}, "code that would be fetched and run"),
+        ({"text_config": {"attn_implementation": "owner/kernel"}}, "code that would be fetched and run"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_model_is_refused(changes, message, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"versions": True}, {"versions": {"torch": 2}}, {"method": ["svd"]}, {"density": "0.5"}], ids=str
+)
+def test_odd_facts_about_a_model_are_refused(changes, folder):
+    edit_config(folder, **changes)
+    assert_refused(folder, "it is damaged")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "huge"])
+def test_what_is_no_file_of_a_model_is_refused(kind, name, folder):
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)  # holes take no room
+    with pytest.raises(CheckpointError, match=name):
         load_pretrained(folder)
 
 
@@ -182,8 +232,32 @@ def test_a_missing_dense_tensor_is_refused(folder):
     tensors = safetensors_torch.load_file(path)
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* model\.layers\.1\.self_attn\.q_proj\.weight"):
-        load_pretrained(folder)
+    assert_refused(folder, r"tensor model\.layers\.1\.self_attn\.q_proj\.weight is missing")  # not filled at random
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["model.norm.weight", f"{UP}.w_pivot"])
+def test_tensors_that_no_layer_computes_with_are_refused(name, dtype, folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    tensors[name] = tensors[name].to(dtype)
+    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
+    assert_refused(folder, f"{name}: wanted one of F64, F32, F16, BF16")
+
+
+def test_a_flipped_bit_is_found_where_it_is_looked_for(model, folder):
+    assert torch.equal(load_pretrained(folder, verify=True).lm_head.weight, model.lm_head.weight)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    content[8 + size + json.loads(content[8 : 8 + size])["model.norm.weight"]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+    load_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"1 of 34 tensors are not what was saved, model\.norm\.weight first"):
+        load_pretrained(folder, verify=True)
+    (folder / "pifa_checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no pifa_checksums\.json"):
+        load_pretrained(folder, verify=True)
 
 
 def test_a_dense_tensor_of_another_shape_is_refused(folder):
@@ -201,11 +275,16 @@ def test_missing_and_misnamed_shards_are_refused(model, tmp_path):
     model.save_pretrained(folder, max_shard_size="20KB")
     assert load_pretrained(folder).dtype == torch.float32
     shard = sorted(folder.glob("*.safetensors"))[1]
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for metadata in (None, [], "x"):
+        index.write_text(json.dumps(content | {"metadata": metadata}))
+        with pytest.raises(CheckpointError, match="no table `metadata`"):
+            load_pretrained(folder)
+    index.write_text(json.dumps(content))
     shard.rename(tmp_path / shard.name)
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
         load_pretrained(folder)
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
     for name in (f"../{shard.name}", "pytorch_model.bin"):
         content["weight_map"]["model.norm.weight"] = name
         index.write_text(json.dumps(content))

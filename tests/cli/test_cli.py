@@ -189,6 +189,43 @@ def test_inspect_refuses_a_damaged_report_and_a_dense_model(compressed: Path, mo
     assert "does not exist" in refusal(pifa("inspect", tmp_path / "none"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"notes": 7}, {"notes": [7]}, {"shape": "48x32"}, {"shape": ["48", "32"]}, {"shape": [48]}, {"name": 7},
+        {"name": ["x"]}, {"rank": "10"}, {"error": "small"}, {"skipped": 7}, {"stored_before": None}, {"quality": 7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_inspect_refuses_an_odd_entry_of_a_report(change: dict[str, object], compressed: Path, tmp_path: Path) -> None:
+    folder = damaged_copy(compressed, tmp_path / "odd")
+    report = json.loads((folder / "pifa_report.json").read_text())
+    report["layers"][0].update(change)
+    (folder / "pifa_report.json").write_text(json.dumps(report))
+    assert "pifa_report.json is damaged" in refusal(pifa("inspect", folder))
+
+
+def test_inspect_shows_notes_as_they_are(compressed: Path, tmp_path: Path) -> None:
+    folder = damaged_copy(compressed, tmp_path / "odd")
+    report = json.loads((folder / "pifa_report.json").read_text())
+    report["layers"][0]["notes"] = ["[/red] is no markup"]
+    (folder / "pifa_report.json").write_text(json.dumps(report))
+    assert "[/red]" in pifa("inspect", folder).stdout
+
+
+def test_inspect_refuses_tensors_of_eight_bits(compressed: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.coeff"
+    odd = torch.zeros(38, 10, dtype=torch.float8_e4m3fn)
+    assert "float8_e4m3fn" in refusal(pifa("inspect", damaged_copy(compressed, tmp_path / "odd", **{name: odd})))
+
+
+def test_inspect_verifies_checksums_if_asked(compressed: Path, tmp_path: Path) -> None:
+    assert pifa("inspect", compressed, "--verify").exit_code == 0
+    odd = damaged_copy(compressed, tmp_path / "odd", **{"model.norm.weight": torch.zeros(32)})
+    assert pifa("inspect", odd).exit_code == 0
+    assert "model.norm.weight first" in refusal(pifa("inspect", odd, "--verify"))
+
+
 def test_eval_measures_the_perplexity_of_dense_and_compressed(model: Path, compressed: Path, text: Path) -> None:
     for folder in (model, compressed):
         result = pifa("eval", folder, "--data", text, "--seqlen", "32", "--windows", "3", "--json")
