@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -109,9 +109,12 @@ def plan(shape: str, memory: str, samples: int, seqlen: int) -> dict[str, object
         model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16).eval()
     batches = [torch.zeros(1, seqlen, dtype=torch.int64)] * samples
     none = WeightsInFiles({}, {}, {}, torch.device("cpu"))
-    captured = capture(model, batches, weights=none, block_bytes=given // 8)
+    captured = capture(model, batches, weights=none)
     selection = select_linears(model, captured.graph, in_files=True)
-    needs = needs_of(captured, selection.found, CompressConfig())
+    for share in (8, 16, 32, 64):  # as compress_checkpoint chooses
+        needs = needs_of(replace(captured, block_bytes=given // share), selection.found, CompressConfig())
+        if needs.least <= given:
+            break
     return {"shape": shape, "memory": given, "least": needs.least, "windows": f"{samples} x {seqlen}", **asdict(needs)}
 
 

@@ -15,10 +15,12 @@ from .exchange.atomic import Exchange
 from .factors import PifaFactors
 from .graph.capture import Batch, capture
 from .graph.linears import weight_name
+from .memory import format_bytes
 from .modules import count_numbers, is_plain_linear, layer_of, module_at
 from .numerics import own_numerics
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .reconstruction.config import CompressConfig
+from .reconstruction.needs import needs_of
 from .reconstruction.reconstruct import Reconstruction, sum_gradients, sum_inputs
 from .reconstruction.results import ResultsInMemory, factors_by_weight, reports_of
 from .reconstruction.selection import left_dense, select_linears
@@ -69,6 +71,9 @@ def compress(
     captured = capture(model, calls)
     selection = select_linears(model, captured.graph, config.skip, config.ranks)
     report = Report(config.method, config.density, params_before=count_numbers(model))
+    report.planned_bytes = needs_of(captured, selection.found, config).in_memory
+    if progress is not None:
+        progress(0, 1, f"takes about {format_bytes(report.planned_bytes)} of memory")
     results = ResultsInMemory()
     reconstruction = Reconstruction(
         captured, selection.found, selection.one_order, config, results, statistics, progress=progress

@@ -20,7 +20,7 @@ from .compress import check_token_ids
 from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
 from .files import check_destination, remove_drafts
-from .graph.capture import Batch, capture
+from .graph.capture import Batch, Captured, capture
 from .graph.linears import weight_name
 from .hf.stored_model import StoredModel, open_model
 from .linear import PifaLinear
@@ -40,6 +40,9 @@ from .report import LayerReport, Report
 
 _SHARE_OF_BLOCK = 8
 """The weights of a block, and of a shard of the output, take at most this part of the memory."""
+
+_LEAST_SHARE = 8 * _SHARE_OF_BLOCK
+"""Blocks are not cut smaller than this part of the memory, by their weights."""
 
 _LEAST_SHARD = 1 << 24
 """Bytes of a shard of the output, however little memory there is."""
@@ -117,10 +120,10 @@ class _Job:
         Raises:
             OffloadError: the memory does not suffice, or the disk of the working folder or of the output.
         """
-        needs = self._needs(self.memory)
+        needs, self.captured = self._needs(self.memory)
         if needs.least > self.memory:
             enough = needs.least
-            while (least := self._needs(enough).least) > enough:  # more memory makes for larger blocks
+            while (least := self._needs(enough)[0].least) > enough:  # more memory makes for larger blocks
                 enough = least
             raise OffloadError(
                 f"{format_bytes(self.memory)} of memory do not suffice for this model and these windows: {needs}; give "
@@ -140,9 +143,15 @@ class _Job:
                 )
         return plan
 
-    def _needs(self, memory: int) -> Needs:
-        captured = replace(self.captured, block_bytes=max(memory // _SHARE_OF_BLOCK, 1))
-        return needs_of(captured, self.selection.found, self.config)
+    def _needs(self, memory: int) -> tuple[Needs, Captured]:
+        """What is needed with the largest blocks that fit into `memory`, or the smallest, and the graph so cut."""
+        share = _SHARE_OF_BLOCK
+        while True:
+            captured = replace(self.captured, block_bytes=max(memory // share, 1))
+            needs = needs_of(captured, self.selection.found, self.config)
+            if needs.least <= memory or share >= _LEAST_SHARE:
+                return needs, captured
+            share *= 2
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a run that goes on."""
@@ -185,7 +194,7 @@ class _Job:
         ranked = reconstruction.run()
         if reconstruction.no_gradients is not None:
             report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
-        report.activation_bytes = reconstruction.peak_bytes
+        report.activation_bytes, report.planned_bytes = reconstruction.peak_bytes, plan.memory
         for note in (*reconstruction.notes, *self.captured.masks.notes()):
             report.note(note)
         return ranked

@@ -101,6 +101,7 @@ class Report:
         params_before, params_after: parameters and row orders of the whole model, shared ones counted once.
         seconds: wall time.
         activation_bytes: largest store of calibration activations held at once.
+        planned_bytes: of memory that the run was to take, by arithmetic before it started.
         notes: what was not tried, and why.
         others: one entry for everything else that holds numbers, in the model's order.
     """
@@ -112,13 +113,15 @@ class Report:
     params_after: int = 0
     seconds: float = 0.0
     activation_bytes: int = 0
+    planned_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     others: list[OtherReport] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
         """A report as `to_dict` gave it, or JSON made of that."""
-        plain = ("method", "density_requested", "params_before", "params_after", "seconds", "activation_bytes")
+        plain = ["method", "density_requested", "params_before", "params_after", "seconds"]
+        plain += ["activation_bytes", "planned_bytes"]
         others = [
             OtherReport(**{**other, "shapes": {name: tuple(shape) for name, shape in other["shapes"].items()}})
             for other in values["others"]
@@ -204,6 +207,7 @@ class Report:
             "params_after": self.params_after,
             "seconds": self.seconds,
             "activation_bytes": self.activation_bytes,
+            "planned_bytes": self.planned_bytes,
             "notes": self.notes,
             "untouched": self.untouched,
             "layers": [asdict(layer) for layer in self.layers],

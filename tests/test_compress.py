@@ -11,6 +11,7 @@ import pifa_compiler as pc
 from pifa_compiler.compress import measure
 from pifa_compiler.errors import CalibrationError, CaptureError, CheckpointError, ConfigError, RankError
 from pifa_compiler.factors import stored_numbers
+from pifa_compiler.memory import format_bytes
 from pifa_compiler.reconstruction.allocators import ALLOCATORS
 from pifa_compiler.reconstruction.methods import METHODS
 
@@ -299,10 +300,11 @@ def test_fewer_tokens_than_channels_are_handled_and_recorded():
 
 def test_progress_is_told():
     seen = []
-    pc.compress(mlp(), mlp_batches(), progress=lambda done, total, what: seen.append((done, total, what)))
+    report = pc.compress(mlp(), mlp_batches(), progress=lambda done, total, what: seen.append((done, total, what)))
     layers = ("0.weight", "2.weight", "4.weight")
+    start = (0, 1, f"takes about {format_bytes(report.planned_bytes)} of memory")
     dense = [(place, 3, f"dense model: {name}") for place, name in enumerate(layers, start=1)]
-    assert seen == [*dense, *((place, 3, name) for place, name in enumerate(layers, start=1))]
+    assert seen == [start, *dense, *((place, 3, name) for place, name in enumerate(layers, start=1))]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ class Needs:
         """Bytes of memory without which nothing works."""
         return int(self.process + _MARGIN * max(self.block, self.solve))
 
+    @property
+    def in_memory(self) -> int:
+        """Bytes of memory if nothing is kept in files: values of all windows, and results, beside the least."""
+        return self.least + self.values + self.kept
+
     def __str__(self) -> str:
         return (
             f"{format_bytes(self.process)} are held already, the largest block takes {format_bytes(self.block)}, the "
@@ -126,8 +131,8 @@ def _block_bytes(
 
 
 def _rows(node: Node) -> int:
-    shape = node.meta["val"].shape
-    return _count(shape[:-1])
+    value = node.all_input_nodes[0].meta.get("val")
+    return _count(value.shape[:-1]) if isinstance(value, Tensor) else 1
 
 
 def _bytes(node: Node) -> int:
