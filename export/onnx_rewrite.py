@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError, RankError
-from ..factors import PifaFactors, factorize, stored_numbers
+from ..factors import PifaFactors, factorize_losslessly, stored_numbers
 from ..files import atomic_files
 from . import onnx_ops
 from .onnx_file import check_model, check_target, data_file, read_model
@@ -234,7 +234,7 @@ def _judge(inner: _Product, outers: list[_Product]) -> PifaFactors | str:
     if width >= min(d_out, d_in):
         return f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs"
     try:
-        factors = factorize((torch.cat([outer.matrix().T for outer in outers]), inner.matrix().T))
+        factors = factorize_losslessly((torch.cat([outer.matrix().T for outer in outers]), inner.matrix().T))
     except RankError as error:
         return str(error)
     pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..errors import RankError
-from ..factors import PifaFactors, factorize, numerical_rank, rank_for_density
+from ..factors import PifaFactors, factorize_losslessly, numerical_rank, rank_for_density
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .rewrite import Rewrite, Skip
 from .weights import SUBCLASS, Weight, is_subclass, read_weight, release, store_factors
@@ -73,7 +73,7 @@ def detect(weight: Tensor) -> PifaFactors | Skip:
         if not bool(torch.isfinite(weight).all()):
             return Skip("weight holds NaN or Inf")
         rank = numerical_rank(weight)
-        return factorize(weight, rank=rank) if 0 < rank <= most else FULL_RANK
+        return factorize_losslessly(weight, rank=rank) if 0 < rank <= most else FULL_RANK
     except RankError as error:
         return Skip(str(error))
 

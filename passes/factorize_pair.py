@@ -4,7 +4,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import RankError
-from ..factors import PifaFactors, factorize, stored_numbers
+from ..factors import PifaFactors, factorize_losslessly, stored_numbers
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from .effects import writes_between
 from .rewrite import Rewrite, Skip
@@ -42,7 +42,7 @@ class FactorizePair(Rewrite):
         if width >= min(d_out, d_in):
             return Skip(f"the pair is not low-rank: width {width} between {d_in} inputs and {d_out} outputs")
         try:
-            factors = factorize((u.tensor, v.tensor))
+            factors = factorize_losslessly((u.tensor, v.tensor))
         except RankError as error:
             return Skip(str(error))
         pair, pifa = width * (d_out + d_in), stored_numbers(d_out, d_in, factors.rank)

@@ -15,7 +15,7 @@ from .exchange.allowed import Exchangeable
 from .exchange.atomic import Exchange
 from .exchange.enclosure import Enclosure
 from .exchange.pairs import Pair, find_pairs, identity_behind, trace
-from .factors import PifaFactors, factorize, stored_numbers
+from .factors import PifaFactors, factorize_losslessly, stored_numbers
 from .graph.capture import Batch, capture
 from .linear import PifaLinear
 from .modules import attributes_of_its_own, bias_of, count_numbers, is_plain_linear, layer_of, weight_of
@@ -159,8 +159,8 @@ def _factors_of_pair(pair: Pair, u: torch.Tensor, v: torch.Tensor) -> PifaFactor
     if pair.reason is not None:
         return Skip(pair.reason)
     try:
-        factors = factorize((u, v))
-    except RankError as error:  # zero, or not finite
+        factors = factorize_losslessly((u, v))
+    except RankError as error:  # zero, not finite, or with no room in its dtype
         return Skip(str(error))
     if stored_numbers(u.shape[0], v.shape[1], factors.rank) >= u.numel() + v.numel():
         return Skip(f"PIFA at rank {factors.rank} would not be smaller than the pair")

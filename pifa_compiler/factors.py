@@ -177,6 +177,34 @@ def factorize(
     return _with_pivots(given, space, pivots, gram, dtype or given.dtype)
 
 
+def factorize_losslessly(weight: Tensor | tuple[Tensor, Tensor], *, rank: int | None = None) -> PifaFactors:
+    """As `factorize`, in the weight's own dtype, where nothing but rounding may be lost: of no row either.
+
+    What factors lose is small beside the weight as a whole. Where single numbers are larger than others by more orders
+    of magnitude than can be told from noise, rows without them could be lost in that altogether.
+
+    Args:
+        weight: as in `factorize`.
+        rank: the numerical rank, if it is known.
+
+    Raises:
+        RankError: as in `factorize`, or more than half of a row would be lost.
+    """
+    factors, given = factorize(weight, rank=rank), _Given.of(weight)
+    w_pivot = _times_power_of_two(factors.w_pivot.double(), -given.exponent)
+    x = _probes(w_pivot)
+    got = torch.cat((w_pivot @ x, factors.coeff.double() @ (w_pivot @ x)))[factors.order()]
+    u, v = given.u.double(), None if given.v is None else given.v.double()
+    wanted, of_columns = (u @ x, 1) if v is None else (u @ (v @ x), v.norm(dim=1))
+    sizes, lost = (u * of_columns).norm(dim=1), (got - wanted).norm(dim=1) / math.sqrt(PROBES)
+    if bool(((lost > sizes / 2) & (sizes > 0)).any()):  # of rows that are zero, the noise of float64 is left
+        raise RankError(
+            f"rows of this weight {list(given.shape)} would be lost beside others that are larger by orders of "
+            "magnitude; leave it as it is"
+        )
+    return factors
+
+
 def factorize_jointly(
     weights: Sequence[Tensor | tuple[Tensor, Tensor]],
     *,

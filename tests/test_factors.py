@@ -13,6 +13,7 @@ from pifa_compiler.factors import (
     _maxvol,
     factorize,
     factorize_jointly,
+    factorize_losslessly,
     numerical_rank,
     rank_for_density,
     rounding_error,
@@ -175,6 +176,17 @@ def test_zeros_beside_the_pivot_rows_are_no_reason_to_refuse():
     weight = torch.zeros(12, 9)
     weight[3:6] = torch.randn(3, 9)
     assert factorize(weight.half()).quality.error < torch.finfo(torch.float16).eps
+
+
+def test_no_row_is_lost_beside_a_huge_number():
+    u, v = torch.randn(20, 4), torch.randn(4, 16)
+    u[5] = 0
+    assert factorize_losslessly((u, v)).rank == 4
+    u[7, 2] = 1e22
+    for weight in ((u, v), u @ v):
+        assert factorize(weight).rank == 1  # float64 sees no other
+        with pytest.raises(RankError, match=r"rows of this weight .* would be lost"):
+            factorize_losslessly(weight)
 
 
 def check_any_weight(seed: int) -> None:

@@ -284,8 +284,8 @@ def test_a_pair_whose_product_does_not_fit_into_its_dtype_stays(tmp_path: Path, 
 
 
 def test_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
-    # 616, 709, 1229, 2017: a dtype that does not exist, names that are no text, in the graph and of a data file
-    for first, count in ((0, 20), (616, 1), (709, 1), (1229, 1), (2017, 1)):
+    # A dtype that does not exist, names that are no text, in the graph and of a data file, a number of 1e38.
+    for first, count in ((0, 20), (616, 1), (709, 1), (1229, 1), (2017, 1), (21347, 1)):
         (folder := tmp_path / str(first)).mkdir()
         outcomes, wrong = fuzz_onnx.run(folder, range(first, first + count))
         assert wrong == []

@@ -1,8 +1,8 @@
 """Damages ONNX files at random and has `rewrite_onnx` read them: `python tests/fuzz/fuzz_onnx.py [files] [first seed]`.
 
 Every file has to be rewritten or refused by an `ExportError`, within seconds and without more memory than a small file
-needs; what was written has to be opened by `session`, or refused by an `ExportError`. Half of the damage is done to
-bytes, half to fields of the file, which bytes hit seldom. What goes wrong is printed, with its seed.
+needs; what was written has to compute what the damaged file does, if that runs. Half of the damage is done to bytes,
+half to fields of the file, which bytes hit seldom. What goes wrong is printed, with its seed.
 """
 
 import collections
@@ -188,10 +188,26 @@ def _rewrite(source: Path, target: Path) -> str:
             raise ValueError("it was refused, and a file is there") from None
         return "refused"
     try:
-        session(target, native=False)
+        before = session(source, native=False)
     except ExportError:
-        return "rewritten, but onnxruntime refuses it"
+        return "rewritten, but onnxruntime refuses the file that came"
+    after = session(target, native=False)
+    feed = {value.name: _random_input(value) for value in before.get_inputs()}
+    try:
+        wanted = before.run(None, feed)
+    except Exception:  # noqa: BLE001  onnxruntime's share no base class
+        return "rewritten, but the file that came does not run"
+    # Sums of some 30 float32 terms in another order. Outputs of a shared V are rows of one weight, whose error is
+    # relative to all of it: a damaged number may dwarf the others.
+    largest = max(float(np.nanmax(np.abs(value), initial=0.0)) for value in wanted)
+    for result, value in zip(after.run(None, feed), wanted, strict=True):
+        np.testing.assert_allclose(result, value, rtol=0, atol=1e-4 * largest)
     return "rewritten"
+
+
+def _random_input(value: Any) -> np.ndarray[Any, Any]:
+    shape = [size if isinstance(size, int) else 3 for size in value.shape]
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def limit_memory() -> None:
