@@ -1,6 +1,7 @@
 """`compress_checkpoint`: a model's files are compressed into others, block by block, and are never in memory whole."""
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -165,7 +166,10 @@ class _Job:
             files[path.name] = [stat.st_size, stat.st_mtime_ns]
         packages = ("pifa-compiler", "torch", "transformers")
         return {
-            "model": {"folder": str(self.stored.folder), "config": self.stored.model.config.to_json_string()},
+            "model": {
+                "folder": str(self.stored.folder),
+                "config": json.loads(self.stored.model.config.to_json_string()),
+            },
             "files": files,
             "options": asdict(self.config),
             "memory": self.memory,

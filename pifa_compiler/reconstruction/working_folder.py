@@ -303,6 +303,8 @@ def _load(path: Path, start: str | None = "") -> tuple[dict[str, Tensor], dict[s
     if not path.exists():
         return None
     with _whole(path):
+        if not path.is_file():  # reading a pipe would wait for its other end
+            raise ValueError("it is no file")
         try:
             with safe_open(path, framework="pt") as file:
                 keys = [] if start is None else [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
