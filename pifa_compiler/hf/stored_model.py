@@ -111,6 +111,7 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = find_folder(name)
@@ -130,7 +131,9 @@ def open_model(
                     else kind._from_config(config, dtype=wanted)
                 )
             model.tie_weights()
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, ImportError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError, AttributeError) as error:
+        raise explain_failure(folder, error, "a model in safetensors form") from error
+    except (ArithmeticError, StrictDataclassError) as error:  # what odd numbers and types in a config come to
         raise explain_failure(folder, error, "a model in safetensors form") from error
     model.eval()
     places = _places(model, files, folder)
