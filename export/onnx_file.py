@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ExportError
-from ..files import check_place
+from ..files import check_place, expand_home
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +26,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         ExportError: it exists and `overwrite` is not set, is a folder, has no suffix .onnx, or its place is not
             writable.
     """
-    final = Path(path).expanduser().resolve()
+    final = expand_home(path, ExportError).resolve()
     if final.suffix != ".onnx":
         raise ExportError(f"an ONNX file is named *.onnx, got {str(path)!r}; add the suffix")
     for file in (final, data_file(final)):
@@ -69,7 +69,7 @@ def read_model(path: str | os.PathLike[str]) -> "onnx.ModelProto":
     from google.protobuf.message import DecodeError
     from onnx import external_data_helper as external
 
-    source = Path(path).expanduser()
+    source = expand_home(path, ExportError)
     if not source.is_file():
         raise ExportError(f"there is no file {str(path)!r}; give an .onnx file")
     try:

@@ -9,7 +9,6 @@ Gemm's own, stays an Add. A V that feeds several U (q, k, v of one attention) be
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ExportError, RankError
 from ..factors import PifaFactors, factorize_losslessly, stored_numbers
-from ..files import atomic_files
+from ..files import atomic_files, expand_home
 from . import onnx_ops
 from .onnx_file import check_model, check_target, data_file, read_model
 
@@ -89,7 +88,7 @@ def rewrite_onnx(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     started = time.perf_counter()
-    source = Path(path_in).expanduser()
+    source = expand_home(path_in, ExportError)
     final = check_target(path_out, overwrite=overwrite)
     if source.resolve() == final:
         raise ExportError(f"{path_in} cannot be rewritten in its own place; give another output file")

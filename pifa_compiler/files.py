@@ -145,9 +145,21 @@ def check_place(path: str | os.PathLike[str], final: Path, refusal: type[PifaErr
     return above
 
 
+def expand_home(path: str | os.PathLike[str], refusal: type[PifaError]) -> Path:
+    """`path` with a home folder in the place of ~ or ~user.
+
+    Raises:
+        PifaError: `refusal`, if there is no such user or home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise refusal(f"{path} names the home of a user who is not there; write the path in full") from error
+
+
 def _resolved(path: str | os.PathLike[str]) -> Path:
     """`path` without links, so that what is renamed is the folder and not a link to it."""
-    return Path(path).expanduser().resolve()
+    return expand_home(path, CheckpointError).resolve()
 
 
 def _explain(error: OSError, final: Path) -> str:

@@ -4,7 +4,6 @@ Each variant's logits are compared with the dense model's before it is timed, an
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.format import QUANT_METHOD, loading_errors, quant_method, read_json
 from ..errors import CheckpointError, ConfigError
 from ..exchange.absorb import layer_sites
 from ..factors import rank_for_density
+from ..files import expand_home
 from ..graph.capture import capture
 from ..linear import PifaLinear
 from ..modules import replace_linear
@@ -130,7 +131,7 @@ def model_rows(source: str, plan: ModelPlan, progress: Progress | None = None) -
 
 def open_model(source: str, plan: ModelPlan) -> "PreTrainedModel":
     """The model to measure, in PIFA form, frozen, in evaluation mode; see `model_rows`."""
-    path = Path(source).expanduser()
+    path = expand_home(source, CheckpointError)
     if source in BUILT_IN:
         from transformers import LlamaConfig
 
@@ -141,20 +142,14 @@ def open_model(source: str, plan: ModelPlan) -> "PreTrainedModel":
             f"there is no model or configuration at {source!r}; give a folder with config.json, such a file, or "
             f"one of {', '.join(BUILT_IN)}"
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}; copy it again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is no configuration: it holds no JSON object; copy it again")
-    if (settings.get("quantization_config") or {}).get("quant_method") == "pifa" and path.is_dir():
+    if quant_method(read_json(file)) == QUANT_METHOD and path.is_dir():
         return _saved_model(path, plan)
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from error
+    except loading_errors() as error:
+        raise CheckpointError(f"transformers cannot read {file}: {error}") from error
     return _random_model(config, plan)
 
 

@@ -127,7 +127,7 @@ class JsonRows(Generic[RowType]):
             found = json.loads(path.read_text(encoding="utf-8"))
             rows = [row_type(**row) for row in found.pop("rows")]
             known = type(setting)(**found.pop("setting"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} holds no rows of `pifa compare` ({error}); give another file") from error
         wanted, made_with = _plain(setting), _plain(known)
         other = [

@@ -96,13 +96,8 @@ def check_folder(folder: Path) -> dict[str, Path]:
     tensors = weight_files(folder)
     if not (folder / WEIGHTS).exists() and not isinstance(read_json(folder / INDEX).get("metadata"), dict):
         raise CheckpointError(f"{folder / INDEX} has no table `metadata`; it is damaged, copy it again")
-    config = read_json(folder / CONFIG)
-    refuse_fetched_code(config, str(folder / CONFIG))
-    for key, value in _entries(config):
-        if key.endswith(("layer", "layers")) and isinstance(value, int) and value > max(len(tensors), _MOST_MODULES[0]):
-            raise CheckpointError(
-                f"{folder / CONFIG} says {key}: {value}, the files hold {len(tensors)} tensors; it is damaged"
-            )
+    refuse_fetched_code(read_json(folder / CONFIG), str(folder / CONFIG))
+    check_layers(folder / CONFIG, len(tensors))
     if os.path.lexists(folder / _GENERATION):
         read_json(folder / _GENERATION)
     return tensors
@@ -140,6 +135,23 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 f"{folder / shard} does not hold {key}, which {folder / INDEX} says it does; copy the model again"
             )
     return {key: folder / shard for key, shard in shards.items()}
+
+
+def check_layers(config: Path, tensors: int) -> None:
+    """Refuses a config of far more layers than there are tensors: some configs make lists as long as that.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+    for key, value in _entries(read_json(config)):
+        if key.endswith(("layer", "layers")) and isinstance(value, int) and value > max(tensors, _MOST_MODULES[0]):
+            raise CheckpointError(f"{config} says {key}: {value}, the files hold {tensors} tensors; it is damaged")
+
+
+def quant_method(config: Mapping[str, Any]) -> object:
+    """What a model's config.json says of how it is quantized; None where that is nothing."""
+    settings = config.get("quantization_config")
+    return settings.get("quant_method") if isinstance(settings, dict) else None
 
 
 def refuse_fetched_code(config: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,11 @@
 Exit codes: 0 done, 1 refused (a `PifaError`, as one line), 2 bad usage, 130 interrupted, 143 terminated.
 """
 
+import contextlib
+import io
+import os
 import signal
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -15,7 +19,17 @@ from . import bench, compare, compress, demo, evaluate, export, inspect
 
 
 class _Verbs(TyperGroup):
-    """Turns what this package refuses, and an interrupt, into one line and an exit code."""
+    """Turns what this package refuses, what the system does, and an interrupt, into one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            if error.filename is None:  # standard output, say: it would be tried once more, and fail again, at the end
+                with contextlib.suppress(io.UnsupportedOperation):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from ..bench.layer import LayerRow
     from ..bench.model import ModelRow
 
+MOST_THREADS = 1024
+"""PyTorch starts as many as it is told, until the process dies of it."""
+
+_LARGEST = 1 << 16
+
 app = typer.Typer(
     help="Measure the speed of PIFA beside dense weights and low-rank pairs, results checked first.",
     no_args_is_help=True,
@@ -22,7 +27,9 @@ app = typer.Typer(
 
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to this CSV file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the ratios (.png, .svg or .pdf).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="PyTorch's threads. Default: as PyTorch chooses.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="PyTorch's threads. Default: as PyTorch chooses.")
+]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Timing of each variant; medians are of 5 calls or more.")]
 
 
@@ -127,7 +134,7 @@ def onnx_verb(
 
     sizes = _numbers("--dims", dims or ["2048"], least=2)
     counts = _numbers("--tokens", tokens or ["1,16,128,512"], least=1)
-    thread_counts = _numbers("--threads", threads or ["1,2"], least=1)
+    thread_counts = _numbers("--threads", threads or ["1,2"], least=1, most=MOST_THREADS)
     rows = []
     with work(as_json):
         file = None if csv is None else CsvRows(csv, OnnxRow)
@@ -146,12 +153,14 @@ def _split(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
 
 
-def _numbers(option: str, values: Sequence[str], *, least: int) -> list[int]:
+def _numbers(option: str, values: Sequence[str], *, least: int, most: int = _LARGEST) -> list[int]:
     """Whole numbers from comma lists, each once."""
     parts = _split(values)
     for part in parts:
-        if not part.isdecimal() or int(part) < least:
-            raise typer.BadParameter(f"{option} takes whole numbers from {least} on, such as 128,1024; got {part!r}")
+        if not part.isdecimal() or len(part) > len(str(most)) or not least <= int(part) <= most:
+            raise typer.BadParameter(
+                f"{option} takes whole numbers from {least} to {most}, such as 128,1024; got {part!r:.80}"
+            )
     return [int(part) for part in parts]
 
 

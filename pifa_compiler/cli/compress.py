@@ -31,6 +31,9 @@ from .output import print_json, progress, work
 _MEMORY = "8GiB"
 """What is held if --offload, --resume or --dry-run is given without --memory."""
 
+_MOST_DIGITS = 9
+"""Of a rank. Python refuses to read numbers of some thousands."""
+
 EXAMPLE = "Example: pifa compress HuggingFaceTB/SmolLM2-135M -o smol-pifa --density 0.6 --data wikitext2"
 
 CalibrationData = Annotated[
@@ -174,7 +177,7 @@ def _ranks(pairs: list[str]) -> dict[str, int]:
     ranks = {}
     for pair in pairs:
         pattern, _, number = pair.rpartition("=")
-        if not pattern or not number.isdecimal():
+        if not pattern or not number.isdecimal() or len(number) > _MOST_DIGITS:
             raise typer.BadParameter(f"--rank takes PATTERN=RANK such as '*.down_proj=96', got {pair!r}")
         ranks[pattern] = int(number)
     return ranks

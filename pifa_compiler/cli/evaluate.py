@@ -62,6 +62,10 @@ def generate_verb(
     place = device_of(device)
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter("the prompt is not UTF-8 text") from error
     with work(as_json, place):
         from ..device import device_name
         from ..hf.generate import compile_step, generate, prompt_tokens

@@ -4,7 +4,7 @@ Weights are read from safetensors or GGUF only: both hold tensors and nothing th
 """
 
 import contextlib
-import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..checkpoint.format import (
+    CONFIG,
+    check_layers,
+    few_modules,
+    loading_errors,
+    open_tensors,
+    quant_method,
+    read_json,
+    refuse_fetched_code,
+)
 from ..errors import CheckpointError, ConfigError
+from ..files import expand_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +74,10 @@ def _load_any(source: Path | str, wanted: torch.dtype | None, trust_remote_code:
 
             compressed: PreTrainedModel = load_pretrained(source, dtype=wanted)
             return compressed
-        _check_weight_files(source)
+        tensors = _count_tensors(source)
+        check_layers(source / CONFIG, tensors)
+        with few_modules(tensors):
+            return _load(source, wanted or "auto", trust_remote_code)
     return _load(source, wanted or "auto", trust_remote_code)
 
 
@@ -84,7 +98,10 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "Pre
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
+        # The library below raises plain exceptions for a file that it cannot read.
+        if type(error) is not Exception and not isinstance(error, loading_errors()):
+            raise
         raise explain_failure(source, error, "a tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files there")
@@ -110,7 +127,7 @@ def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> 
 
 def _locate(name: str | Path) -> Path | str:
     """The folder or GGUF file that `name` is, or the Hub name as it came."""
-    path = Path(name).expanduser()
+    path = expand_home(name, CheckpointError)
     if path.is_dir() and name != "":
         return path
     if path.is_file():
@@ -150,7 +167,7 @@ def find_folder(name: str | Path) -> Path:
         )
     if _quant_method(source) == "pifa":
         raise CheckpointError(f"{source} is in PIFA form already; wanted a dense model")
-    _check_weight_files(source)
+    _count_tensors(source)
     return source
 
 
@@ -161,25 +178,26 @@ def _arguments(source: Path | str) -> tuple[str, dict[str, str]]:
     return str(source), {}
 
 
-def _quant_method(folder: Path) -> str | None:
+def _quant_method(folder: Path) -> object:
     """`quantization_config.quant_method` of the folder's config.json, or None."""
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         if ggufs:
             raise CheckpointError(f"{folder} has no config.json but GGUF files; name one of them: {', '.join(ggufs)}")
         raise CheckpointError(f"{folder} is not a model: it has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}; fetch the model again") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return quant_method(read_json(file))
 
 
-def _check_weight_files(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
+def _count_tensors(folder: Path) -> int:
+    """How many tensors the safetensors files of a folder hold; reads their headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    count = 0
+    for file in files:
+        with open_tensors(file) as tensors:
+            count += len(tensors.keys())
+    if files:
+        return count
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
@@ -191,19 +209,21 @@ def _check_weight_files(folder: Path) -> None:
 
 def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "PreTrainedModel":
     """`from_pretrained` of the class that the config names, with every failure explained and no missing weight."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     where, gguf = _arguments(source)
     try:
         with quietly():
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
+            if not trust_remote_code:
+                for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+                    refuse_fetched_code({"_attn_implementation": getattr(part, "_attn_implementation", None)}, where)
             auto = model_class(config)
             remote = {"trust_remote_code": trust_remote_code} if auto.__name__.startswith("Auto") else {}
             model, info = auto.from_pretrained(
                 where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **gguf, **remote
             )
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, ImportError, SafetensorError) as error:
+    except loading_errors() as error:
         raise explain_failure(source, error, "a model in safetensors or GGUF form") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -219,8 +239,9 @@ def model_class(config: Any) -> Any:
     """The class that the config names if this transformers has it, else the causal language model."""
     import transformers
 
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if hasattr(config, "auto_map") or not hasattr(transformers, named):
+    found = getattr(config, "architectures", None)
+    named = found[0] if isinstance(found, list) and found else ""
+    if hasattr(config, "auto_map") or not isinstance(named, str) or not hasattr(transformers, named):
         return transformers.AutoModelForCausalLM
     return getattr(transformers, named)
 

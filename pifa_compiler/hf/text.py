@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ConfigError, DataError
+from ..files import expand_home
 from .loading import check_vocabulary
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def read_text(source: str, split: Split) -> str:
     elif source == "pydoc":
         text = _pydoc(split)
     else:
-        text = _read_file(Path(source).expanduser())
+        text = _read_file(expand_home(source, DataError))
     if not text.strip():
         raise DataError(f"{source} holds no text")
     return text
@@ -270,7 +271,7 @@ def _parse_jsonl(path: Path, text: str) -> str:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not valid JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise DataError(f'{path}, line {number} has no field "text" with a string in it')

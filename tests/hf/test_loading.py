@@ -138,11 +138,11 @@ def test_a_pifa_folder_is_given_to_the_checkpoint_loader(folder: Path, monkeypat
     [
         ({}, "no config.json"),
         ({"model.gguf": "x", "b.gguf": "x"}, "name one of them: b.gguf, model.gguf"),
-        ({"config.json": "{"}, "not valid JSON"),
+        ({"config.json": "{"}, "config.json cannot be read"),
         ({"config.json": "{}"}, r"no \*.safetensors"),
         ({"config.json": "{}", "pytorch_model.bin": "x"}, "safetensors only"),
         ({"config.json": "{}", "model.pt": "x"}, "safetensors only"),
-        ({"config.json": "{}", "model.safetensors": "x"}, "holds no model"),
+        ({"config.json": "{}", "model.safetensors": "x"}, "model.safetensors is truncated"),
     ],
 )
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -187,7 +187,7 @@ def test_incomplete_weights_are_refused(folder: Path, cut: str) -> None:
     else:
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(
-        CheckpointError, match=r"lacks 1 weights .*layers.1.mlp.up_proj" if cut == "lost" else "no model"
+        CheckpointError, match=r"lacks 1 weights .*layers.1.mlp.up_proj" if cut == "lost" else "is truncated"
     ):
         load_model(folder)
 
