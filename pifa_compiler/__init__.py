@@ -1,5 +1,6 @@
 """Low-rank models in PyTorch: PIFA, M, and a compiler for both (arXiv 2501.19090)."""
 
+from .backend import refresh as refresh
 from .checkpoint import load_pretrained as load_pretrained
 from .checkpoint import registration
 from .checkpoint import save_pretrained as save_pretrained

@@ -8,7 +8,7 @@ weights they were made from are still the same tensors, unchanged (see `_Compile
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import GraphModule
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ConfigError, PassError
+from .linear import PifaLinear
 from .passes import (
     DEFAULT_PASSES,
     FOR_DEVICE,
@@ -44,6 +46,9 @@ REQUIRES_GRAD = Skip("weight requires grad; call requires_grad_(False) or pifa_c
 UNVERSIONED = Skip("weight is an inference tensor, whose changes go unseen; create it outside of inference_mode")
 LIVE = Skip("weight belongs to a layer that may change")
 UPDATED = Skip("weight was changed after compilation")
+
+_COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What the backend returned and is still there; values mean nothing."""
 
 _ABOUT_SPEED_ONLY = {rule.__name__ for rule in DEFAULT_PASSES if rule.is_about_speed_only}
 
@@ -101,8 +106,8 @@ def pifa(
     Weights that require grad are left as they are, and so are tensors of subclasses, weights that the graph may write
     to, and whatever runs within a transform of `torch.func`; layers that are in PIFA form already can be trained. Where
     no weight is rewritten the graph goes to Inductor as it came. A weight that is changed in place after compilation
-    falls back to the code without it, with a warning. In-place writes through `.data` leave no trace that could be
-    checked: call `torch.compiler.reset()` after those.
+    falls back to the code without it, with a warning. In-place writes through `.data`, `.numpy()`, a storage or DLPack
+    leave no trace that could be checked: call `pifa_compiler.refresh(model)` after those.
 
     Args:
         gm: the graph; it is not changed.
@@ -116,33 +121,80 @@ def pifa(
         ConfigError: an option is unknown, or of the wrong type.
         PassError: under "strict".
     """
-    return _Compiled(gm, example_inputs, _Options.parse(options, mode))
+    from torch._dynamo.convert_frame import compile_lock
+
+    parsed = _Options.parse(options, mode)
+    with compile_lock:  # Dynamo holds it already, others do not
+        return _Compiled(gm, example_inputs, parsed)
+
+
+def refresh(model: nn.Module) -> None:
+    """Has PIFA layers and compiled code look at a model's weights anew, after writes that they cannot see.
+
+    `weight.copy_(...)`, `weight.data = ...` and optimizers leave a trace, and need no refresh. In-place writes through
+    `weight.data`, `weight.numpy()`, its storage or DLPack leave none, and compiled code does not see that
+    `PifaLinear.pivots` were written to, in whatever way. The row order of every `PifaLinear` is derived again, and code
+    that the backend "pifa" compiled for weights of the model is compiled again when it is called. Programs of
+    `torch.export` have copies, and so has code with Inductor's option "freezing": make these again.
+
+    Args:
+        model: the module that was written to, or one that contains it.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    for module in model.modules():
+        if isinstance(module, PifaLinear):
+            module.restore_order()
+    addresses = {tensor._cdata for tensor in (*model.parameters(), *model.buffers())}
+    with compile_lock:
+        for compiled in list(_COMPILED):
+            compiled.forget(addresses)
 
 
 @dataclass(frozen=True)
 class _Binding:
     """A weight that a variant was compiled for.
 
+    It is known by its address and by its storage, which is referred to weakly: another tensor may get the address of
+    one that is gone, but not with the same numbers. A weak reference to the tensor itself would be simpler, but
+    `torch.utils.swap_tensors` refuses tensors that have one.
+
     Attributes:
         position: of the graph input that holds it; None if the graph itself does.
-        tensor: the weight.
+        held: the weight if the graph itself holds it.
+        address: of the weight.
+        storage: of the weight.
         state: what changes when its values do; None if the variant reads them at every call.
     """
 
     position: int | None
-    tensor: TensorWeakRef
+    held: Tensor | None
+    address: int
+    storage: StorageWeakRef
     state: tuple[int, int] | None
 
-    def fits(self, args: Sequence[Any]) -> bool:
-        tensor = self.tensor()
-        if tensor is None or (self.position is not None and args[self.position] is not tensor):
-            return False
-        return self.state is None or self.state == _state(tensor)
+    @classmethod
+    def of(cls, tensor: Tensor, position: int | None, *, with_state: bool) -> "_Binding":
+        held, storage = tensor if position is None else None, StorageWeakRef(tensor.untyped_storage())
+        return cls(position, held, tensor._cdata, storage, _state(tensor) if with_state else None)
 
-    def is_stale(self) -> bool:
-        """Whether the weight is still there, with other values."""
-        tensor = self.tensor()
-        return tensor is not None and self.state is not None and self.state != _state(tensor)
+    def is_gone(self) -> bool:
+        """Whether nothing has the weight's numbers any more."""
+        gone: bool = self.storage.expired()
+        return gone
+
+    def tensor(self, args: Sequence[Any]) -> Tensor | None:
+        """The weight, if it is the one that a call with `args` reads."""
+        tensor: Tensor = args[self.position] if self.held is None else self.held  # type: ignore[index]
+        return tensor if tensor._cdata == self.address and not self.is_gone() else None
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        tensor = self.tensor(args)
+        return tensor is not None and (self.state is None or self.state == _state(tensor))
+
+    def is_stale(self, args: Sequence[Any]) -> bool:
+        """Whether a call with `args` reads the weight, with other values."""
+        return self.tensor(args) is not None and not self.fits(args)
 
 
 @dataclass(frozen=True)
@@ -155,9 +207,9 @@ class _Variant:
     def fits(self, args: Sequence[Any]) -> bool:
         return all(binding.fits(args) for binding in self.bindings)
 
-    def may_fit_again(self) -> bool:
-        """Whether all weights are still there, with the values that were compiled in."""
-        return all(binding.tensor() is not None and not binding.is_stale() for binding in self.bindings)
+    def may_fit_again(self, args: Sequence[Any]) -> bool:
+        """Whether all weights are still there; those that a call with `args` reads, with the values compiled in."""
+        return not any(binding.is_gone() or binding.is_stale(args) for binding in self.bindings)
 
 
 class _Compiled:
@@ -171,19 +223,20 @@ class _Compiled:
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: _Options) -> None:
         self._settings = settings
-        self._updated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._updated: dict[int, StorageWeakRef] = {}  # of weights that were changed, as `_Binding` knows them
         self._shared: Callable[..., Any] | None = None
         self._captured, self._gm = _copy_module(gm), _copy_module(gm)
         self._fakes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
         bind_inputs(self._gm, example_inputs)
         self._record(run_passes(self._gm, [rule() for rule in FOR_GRAPH]))
         unbind_inputs(self._gm)
-        self._current = self._build(example_inputs, example_inputs)
+        self._current: _Variant | None = self._build(example_inputs, example_inputs)
         self._variants = [self._current]
+        _COMPILED[self] = None
 
     def __call__(self, *args: Any) -> Any:
         variant = self._current  # read once: another thread may put its own there
-        if not variant.fits(args):
+        if variant is None or not variant.fits(args):
             variant = self._current = self._select(args)
         return variant.run(*args)
 
@@ -196,15 +249,26 @@ class _Compiled:
                     return variant
             return self._add_variant(args)
 
+    def forget(self, addresses: Collection[int]) -> None:
+        """Drops what was compiled for the weights at `addresses`, or noted of them."""
+        self._variants = [
+            variant
+            for variant in self._variants
+            if not any(binding.state is not None and binding.address in addresses for binding in variant.bindings)
+        ]
+        self._updated = {address: each for address, each in self._updated.items() if address not in addresses}
+        self._current = None
+
     def _add_variant(self, args: Sequence[Any]) -> _Variant:
-        for binding in [binding for variant in self._variants for binding in variant.bindings if binding.is_stale()]:
+        stale = [binding for variant in self._variants for binding in variant.bindings if binding.is_stale(args)]
+        self._variants = [variant for variant in self._variants if variant.may_fit_again(args)]
+        for binding in stale:
             self._fall_back(binding)
-        self._variants = [variant for variant in self._variants if variant.may_fit_again()]
         if len(self._variants) >= MAX_VARIANTS:
             reason = Skip(f"called with more than {MAX_VARIANTS} sets of weights; further ones stay as they are")
             self._warn("graph", reason)
-            positions = [i for i, arg in enumerate(args) if isinstance(arg, nn.Parameter)]
-            bindings = tuple(_Binding(i, TensorWeakRef(args[i]), None) for i in positions)
+            positions = [i for i, arg in enumerate(args) if isinstance(arg, nn.Parameter) and is_plain(arg)]
+            bindings = tuple(_Binding.of(args[i], i, with_state=False) for i in positions)
             variant = _Variant(bindings, self._dense(args))
         else:
             variant = self._build(args, self._example_inputs(args))
@@ -230,7 +294,7 @@ class _Compiled:
         after = linear_weights(gm)
         rewritten = {node for node, uses in before.items() if after.get(node, 0) < uses}
         bindings = tuple(
-            _Binding(position.get(node), TensorWeakRef(tensor), _state(tensor) if node in rewritten else None)
+            _Binding.of(tensor, position.get(node), with_state=node in rewritten)
             for node, tensor in weights.items()
             if node in rewritten or (node in position and self._reason_to_leave(tensor) in (None, UPDATED))
         )
@@ -281,13 +345,14 @@ class _Compiled:
             return REQUIRES_GRAD
         if tensor.is_inference():
             return UNVERSIONED
-        return UPDATED if tensor in self._updated else None
+        storage = self._updated.get(tensor._cdata)
+        return UPDATED if storage is not None and not storage.expired() else None
 
     def _fall_back(self, binding: _Binding) -> None:
-        tensor = binding.tensor()
-        if tensor is None or tensor in self._updated:
+        self._updated = {address: storage for address, storage in self._updated.items() if not storage.expired()}
+        if binding.address in self._updated:
             return
-        self._updated[tensor] = True
+        self._updated[binding.address] = binding.storage
         placeholders = self._gm.graph.find_nodes(op="placeholder")
         name = "weight" if binding.position is None else placeholders[binding.position].name
         self._warn(name, UPDATED)
@@ -332,6 +397,8 @@ def _copy_module(gm: GraphModule) -> GraphModule:
         sources: Any = gm._param_name_to_source
         new._param_name_to_source = dict(sources)
     for old, node in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        # Dynamo's note of the value that it traced with, which it takes off its own graph in the end.
+        node.meta.pop("grapharg", None)
         if hasattr(old, "_dynamo_source"):
             node._dynamo_source = old._dynamo_source
     module: GraphModule = new

@@ -18,6 +18,8 @@ class PifaLinear(nn.Module):
     It can be fine-tuned, moved, cast, copied and saved like any module. The state dict holds `w_pivot` [r, in],
     `coeff` [out - r, r], `pivots` [r] (int32) and, if there is one, `bias` [out]; the row order follows from `pivots`:
     it is None where the pivots are the first r rows, as they are once the next layer absorbed it (`absorb_orders`).
+    Pivots may be exchanged or written to: a call that is neither compiled nor captured derives the order again. Code
+    that is compiled, and writes through `.data`, `.numpy()`, a storage or DLPack, need `pifa_compiler.refresh(model)`.
 
     A new layer is initialised for training from scratch, see `reset_parameters`; `from_factors` makes one of a weight.
 
@@ -35,6 +37,8 @@ class PifaLinear(nn.Module):
 
     order: Tensor | None
     pivots: Tensor
+    _order_is_of: tuple[Tensor, int] | None = None
+    """The pivots that `order` was derived from, and their version; None if that is not known."""
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class PifaLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
         with torch.no_grad():
             self.pivots.copy_(torch.arange(self.rank, device=self.pivots.device))
+        self._order_is_of = _with_version(self.pivots)
         # Which pivots a layer on the meta device will have is not known: it has a place for an order.
         self.order = torch.empty(self.out_features, dtype=torch.int64, device="meta") if self.pivots.is_meta else None
 
@@ -98,6 +103,7 @@ class PifaLinear(nn.Module):
     def restore_order(self) -> None:
         """Recomputes the row order from `pivots`; for loaders that fill the parameters without `load_state_dict`."""
         first = torch.arange(self.rank, dtype=self.pivots.dtype, device=self.pivots.device)
+        self._order_is_of = _with_version(self.pivots)
         self.order = None if torch.equal(self.pivots, first) else self.row_order()
 
     def row_order(self) -> Tensor:
@@ -120,6 +126,7 @@ class PifaLinear(nn.Module):
         tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if torch.compiler.is_compiling() or tracing or _is_transformed(self.w_pivot):
             return put_together(self.w_pivot, self.coeff, self.order)  # in a graph, what nobody reads costs nothing
+        self._follow_pivots()
         return DenseWeight.of_factors(self.w_pivot, self.coeff, self.order)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -138,7 +145,21 @@ class PifaLinear(nn.Module):
             # torch.jit.script knows the operator, but none of its overloads by name.
             y: Tensor = torch.ops.pifa.linear(x, self.w_pivot, self.coeff, self.order, self.bias)
             return y
+        self._follow_pivots()
         return linear(x, self.w_pivot, self.coeff, self.order, self.bias)
+
+    def _follow_pivots(self) -> None:
+        """Derives the order again if there are other pivots than it was derived from."""
+        if torch.compiler.is_compiling():
+            return
+        pivots, known = self.pivots, self._order_is_of
+        if known is not None and known[0] is pivots and known[1] == pivots._version:
+            return
+        if not (pivots.is_meta or pivots.is_inference() or _is_transformed(pivots)):
+            self.restore_order()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order_is_of": None}  # a copy counts its versions anew
 
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` shows it."""
@@ -166,6 +187,11 @@ def _check_shape(in_features: int, out_features: int, rank: int, dtype: torch.dt
         )
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         raise ConfigError(f"a PifaLinear holds floating-point parameters, got dtype {dtype}")
+
+
+def _with_version(pivots: Tensor) -> tuple[Tensor, int] | None:
+    """None of tensors of inference mode, which count no versions."""
+    return None if pivots.is_inference() else (pivots, pivots._version)
 
 
 def _not_settable(value: object) -> str:

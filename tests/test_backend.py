@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
 
 from pifa_compiler import backend as backend_module
-from pifa_compiler.backend import REQUIRES_GRAD, UPDATED, pifa
+from pifa_compiler.backend import REQUIRES_GRAD, UPDATED, pifa, refresh
 from pifa_compiler.errors import ConfigError
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear
@@ -531,3 +531,114 @@ def test_a_graph_in_which_nothing_is_rewritten_is_compiled_as_it_came(monkeypatc
     x = torch.randn(3, 16)
     assert_close(fast(x), x @ weight)
     assert seen == [{torch.mm}]
+
+
+def exported(seed: int) -> tuple[nn.Module, torch.fx.GraphModule, Tensor]:
+    """A frozen model of low rank, its graph, and what to call both with."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(32, 24).requires_grad_(False)
+    layer.weight.copy_(torch.randn(24, 4, generator=generator) @ torch.randn(4, 32, generator=generator) / 11)
+    x = torch.randn(4, 32, generator=generator)
+    return layer, torch.export.export(layer, (x,), strict=False).module(check_guards=False), x
+
+
+def only(result: Tensor | tuple[Tensor]) -> Tensor:
+    """The one result of a graph."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def run_threads(work: Callable[[int], None], count: int) -> list[Exception]:
+    """What `work(0)` to `work(count - 1)` raised, each in a thread of its own."""
+    raised: list[Exception] = []
+
+    def watched(index: int) -> None:
+        try:
+            work(index)
+        except Exception as error:  # noqa: BLE001  the test is told
+            raised.append(error)
+
+    threads = [threading.Thread(target=watched, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_threads_that_compile_at_once_wait_for_each_other():
+    """Inductor by itself stops at an assertion there."""
+    programs = [exported(seed) for seed in range(3)]
+    shared_model, graph, x = exported(3)
+    shared = pifa(graph, [x])
+    shared_model.weight.mul_(2)
+
+    def compile_and_call(index: int) -> None:
+        model, gm, x = programs[index]
+        assert_close(only(pifa(gm, [x], options={"fx_graph_cache": False})(x)), model(x), **CLOSE)
+
+    def call_shared(index: int) -> None:
+        assert_close(only(shared(x)), shared_model(x), **CLOSE)
+
+    assert run_threads(compile_and_call, 3) == []
+    assert run_threads(call_shared, 3) == []
+
+
+def test_swapped_tensors_are_seen():
+    layers, x = low_rank_layers(2), torch.randn(4, 32)
+    fast, report = compiled(layers[0])
+    assert_close(fast(x), layers[0](x), **CLOSE)
+    for _ in range(2):
+        torch.utils.swap_tensors(layers[0].weight, layers[1].weight)
+        assert_close(fast(x), nn.functional.linear(x, layers[0].weight, layers[0].bias), **CLOSE)
+    assert rewrites(report, "FactorizeLinear") == 2  # swapped back, the first code fits again
+
+
+def test_a_weight_at_the_address_of_one_that_is_gone_is_another():
+    layer, x = low_rank_layers(1)[0], torch.randn(4, 32)
+    fast, _ = compiled(layer)
+    fast(x)
+    for _ in range(20):
+        layer.weight = None
+        layer.weight = nn.Parameter(low_rank(24, 32, 4), requires_grad=False)
+        assert_close(fast(x), nn.functional.linear(x, layer.weight, layer.bias), **CLOSE)
+
+
+def write_through_data(tensor: Tensor) -> None:
+    tensor.data.mul_(2)
+
+
+def write_through_numpy(tensor: Tensor) -> None:
+    tensor.detach().numpy()[:] *= 2
+
+
+def write_through_dlpack(tensor: Tensor) -> None:
+    torch.from_dlpack(tensor.detach()).data.mul_(2)
+
+
+def write_through_storage(tensor: Tensor) -> None:
+    doubled = (tensor * 2).untyped_storage()
+    tensor.untyped_storage().copy_(doubled)
+
+
+@pytest.mark.parametrize(
+    "write", [write_through_data, write_through_numpy, write_through_dlpack, write_through_storage]
+)
+def test_refresh_sees_writes_that_leave_no_trace(write: Callable[[Tensor], None]):
+    model, x = Block().requires_grad_(False), torch.randn(4, 32)
+    fast, report = compiled(model)
+    fast(x)
+    write(model.deficient.weight)
+    refresh(model)
+    assert_close(fast(x), model(x), **CLOSE)
+    assert (rewrites(report, "FactorizePair"), rewrites(report, "FactorizeLinear")) == (2, 2)  # all anew, and again
+
+
+def test_refresh_shows_compiled_code_the_pivots():
+    layer = PifaLinear.from_factors(factorize(torch.randn(24, 16), rank=5), torch.randn(24), requires_grad=False)
+    x = torch.randn(3, 16)
+    fast, _ = compiled(layer)
+    for pivots in (fast(x), torch.arange(5), torch.arange(5) * 2)[1:]:
+        layer.pivots.copy_(pivots)
+        refresh(layer)
+        assert_close(fast(x), layer(x), **CLOSE)
+        assert_close(fast(x), nn.functional.linear(x, layer.weight, layer.bias), **CLOSE)

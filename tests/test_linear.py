@@ -129,3 +129,41 @@ def test_the_module_can_be_saved_whole():
     file.seek(0)
     x = torch.randn(3, 16)
     assert torch.equal(torch.load(file, weights_only=False)(x), pifa(x))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer, pivots: layer.pivots.copy_(pivots),
+        lambda layer, pivots: setattr(layer, "pivots", pivots.to(torch.int32)),
+        lambda layer, pivots: vars(layer)["_buffers"].update(pivots=pivots.to(torch.int32)),
+    ],
+    ids=["copy", "set", "buffers"],
+)
+def test_pivots_that_are_written_to_count(write):
+    pifa, _ = layer(bias=False)
+    rows = torch.cat((pifa.w_pivot, pifa.coeff @ pifa.w_pivot)).detach()
+    x = torch.randn(3, 16)
+    pifa(x)
+    for pivots in (torch.arange(5), torch.tensor([1, 7, 8, 20, 23])):
+        for again in (pifa, copy.deepcopy(pifa)):
+            write(again, pivots)
+            weight = torch.empty(24, 16)
+            others = [row for row in range(24) if row not in pivots.tolist()]
+            weight[[*pivots.tolist(), *others]] = rows
+            for changed in (copy.deepcopy(again), again):
+                torch.testing.assert_close(changed.weight.detach(), weight)
+                torch.testing.assert_close(changed(x), x @ weight.T, rtol=1e-4, atol=1e-5)  # in another order
+
+
+def test_an_order_is_derived_once(monkeypatch: pytest.MonkeyPatch):
+    pifa, _ = layer()
+    derived: list[PifaLinear] = []
+    restore = PifaLinear.restore_order
+    monkeypatch.setattr(PifaLinear, "restore_order", lambda self: derived.append(self) or restore(self))
+    for _ in range(3):
+        pifa(torch.randn(3, 16))
+        pifa.weight.sum()
+    assert derived == []
+    copy.deepcopy(pifa)(torch.randn(3, 16))
+    assert len(derived) == 1
