@@ -183,7 +183,7 @@ def _is_a(value: Any, kind: type[Kind]) -> Kind:
     """`value`, which has to be of this kind; a float may be written as an integer."""
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
         raise TypeError(f"{value!r:.80} is no {kind.__name__}")
-    return kind(value)  # type: ignore[call-arg]
+    return kind(value)
 
 
 def _optional(value: Any, kind: type[Kind]) -> Kind | None:
