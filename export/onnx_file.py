@@ -115,12 +115,11 @@ def _data_size(source: Path, tensor: "onnx.TensorProto") -> int:
         raise ExportError(f"{source}: {tensor.name!r} is of no known dtype ({error}); copy it again") from error
     if kind is ir.DataType.UNDEFINED or any(size < 0 for size in tensor.dims):
         raise ExportError(f"{source}: {tensor.name!r} {list(tensor.dims)} has no shape or dtype; copy it again")
-    numbers = math.prod(tensor.dims)
-    if kind is ir.DataType.STRING:
-        return numbers
+    numbers: int = math.prod(tensor.dims)
+    bits: int = 0 if kind is ir.DataType.STRING else kind.bitwidth
     in_bytes = tensor.HasField("raw_data") or tensor.data_location == tensor.EXTERNAL
-    if in_bytes or kind.bitwidth < 8:
-        return -(-numbers * kind.bitwidth // 8)
+    if bits and (in_bytes or bits < 8):
+        return -(-numbers * bits // 8)
     return numbers * (2 if kind in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .errors import RankError
 
@@ -237,7 +238,7 @@ def factorize_jointly(
     ]
     try:
         pivots = _maxvol([space.basis for space in spaces], spaces[0].independent_rows()).sort().values
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise RankError(
             f"independent rows of one weight depend on each other in another ({error}); factorize them one by one"
         ) from error
