@@ -84,8 +84,9 @@ class GroupSolver:
         solved: dict[str, Solved] = {}
         for place in self.processes.own(len(sets)):
             pairs = [(low_rank[node].u, low_rank[node].v) for node in sets[place]]
-            for node, factors in zip(sets[place], self._factorize(sets[place], pairs, statistics.gram), strict=True):
-                report = self._report(node, factors, low_rank[node].notes, statistics.gram)
+            found_factors, notes = self._factorize(sets[place], pairs, statistics.gram)
+            for node, factors in zip(sets[place], found_factors, strict=True):
+                report = self._report(node, factors, (*low_rank[node].notes, *notes), statistics.gram)
                 solved[node.name] = Solved(factors, report)
         return self._of_all(solved, members)
 
@@ -105,12 +106,22 @@ class GroupSolver:
 
     def _factorize(
         self, nodes: Sequence[Node], pairs: Sequence[tuple[Tensor, Tensor]], gram: Tensor
-    ) -> list[PifaFactors]:
+    ) -> tuple[list[PifaFactors], tuple[str, ...]]:
         dtype = read_weight(self.weights, nodes[0]).dtype
+        notes: tuple[str, ...] = ()
         if len(nodes) > 1:
-            return factorize_jointly(pairs, gram=gram, dtype=dtype)
-        rank = self.linears[nodes[0]].rank
-        return [factorize(pairs[0], rank=rank, pivoting=self.pivoting, gram=gram, dtype=dtype)]
+            try:
+                return factorize_jointly(pairs, gram=gram, dtype=dtype), notes
+            except RankError as error:
+                notes = (f"row order of its own: {error}",)
+        found = []
+        for node, pair in zip(nodes, pairs, strict=True):
+            rank = self.linears[node].rank
+            try:
+                found.append(factorize(pair, rank=rank, pivoting=self.pivoting, gram=gram, dtype=dtype))
+            except RankError as error:
+                raise RankError(f"{weight_name(node)}: {error}") from error
+        return found, notes
 
     def _report(self, node: Node, factors: PifaFactors, notes: tuple[str, ...], gram: Tensor) -> LayerReport:
         linear = self.linears[node]
