@@ -106,9 +106,7 @@ def joined(environment: Mapping[str, str], device: torch.device) -> Iterator[Pro
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise ProcessError(
-            f"the other processes cannot be reached: {error}; start all by torchrun"
-        ) from error
+        raise ProcessError(f"the other processes cannot be reached: {error}; start all by torchrun") from error
     try:
         yield Processes()
     finally:
