@@ -207,17 +207,27 @@ def _count_tensors(folder: Path) -> int:
     raise CheckpointError(f"{folder} holds no *.safetensors file; fetch the model again")
 
 
-def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """`from_pretrained` of the class that the config names, with every failure explained and no missing weight."""
+def read_config(where: str, *, trust_remote_code: bool = False, **gguf: str) -> Any:
+    """A model's config, which asks for no code to be fetched unless that is allowed.
+
+    Raises:
+        CheckpointError: it does.
+    """
     from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
+    if not trust_remote_code:
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            refuse_fetched_code({"_attn_implementation": getattr(part, "_attn_implementation", None)}, where)
+    return config
+
+
+def _load(source: Path | str, dtype: Any, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """`from_pretrained` of the class that the config names, with every failure explained and no missing weight."""
     where, gguf = _arguments(source)
     try:
         with quietly():
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **gguf)
-            if not trust_remote_code:
-                for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-                    refuse_fetched_code({"_attn_implementation": getattr(part, "_attn_implementation", None)}, where)
+            config = read_config(where, trust_remote_code=trust_remote_code, **gguf)
             auto = model_class(config)
             remote = {"trust_remote_code": trust_remote_code} if auto.__name__.startswith("Auto") else {}
             model, info = auto.from_pretrained(

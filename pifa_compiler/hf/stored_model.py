@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.format import open_tensors, weight_files
+from ..checkpoint.format import CONFIG, check_layers, few_modules, loading_errors, open_tensors, weight_files
 from ..errors import CheckpointError, ConfigError
 from ..memory import trim_heap
-from .loading import DTYPES, explain_failure, find_folder, model_class, quietly
+from .loading import DTYPES, explain_failure, find_folder, model_class, quietly, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,15 +111,14 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     folder = find_folder(name)
     place = torch.device("cpu") if device is None else device
     files = weight_files(folder)
+    check_layers(folder / CONFIG, len(files))
     try:
-        with quietly():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        with quietly(), few_modules(len(files)):
+            config = read_config(str(folder), trust_remote_code=trust_remote_code)
             if getattr(config, "quantization_config", None) is not None:
                 raise CheckpointError(f"{folder} holds a quantized model; wanted one with plain weights")
             kind = model_class(config)
@@ -131,9 +130,7 @@ def open_model(
                     else kind._from_config(config, dtype=wanted)
                 )
             model.tie_weights()
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError, AttributeError) as error:
-        raise explain_failure(folder, error, "a model in safetensors form") from error
-    except (ArithmeticError, StrictDataclassError) as error:  # what odd numbers and types in a config come to
+    except loading_errors() as error:
         raise explain_failure(folder, error, "a model in safetensors form") from error
     model.eval()
     places = _places(model, files, folder)

@@ -104,6 +104,9 @@ def sum_dense(
     """
     device = _tokens_of(captured, predictions)[0].device
     bfloat16, notes = has_bfloat16_units(device), list[str]()
+    if done is not None and bfloat16 and not done.bfloat16:  # it was tried then, and sums of float32 are kept
+        bfloat16 = False
+        notes.append("output gradients were computed in float32, as a run before this one found that they have to be")
     stride = _stride(captured, linears, predictions) if for_ranks else 1
     while True:
         walk = _Walk(captured, linears, predictions, stride, bfloat16, keep, room or Room(), processes or Processes())

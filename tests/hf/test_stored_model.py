@@ -143,6 +143,8 @@ def change_config(**values: Any) -> Callable[[Path], None]:
         (change_config(hidden_size="many"), "that can be read"),
         (change_config(num_attention_heads=0), "that can be read"),
         (change_config(num_hidden_layers=3), r"lacks model\.layers\.2"),
+        (change_config(num_hidden_layers=10**9), r"says num_hidden_layers: 1000000000, the files hold \d+ tensors"),
+        (change_config(_attn_implementation="someone/kernel"), "code that would be fetched"),
         (change_config(model_type="nothing"), "that can be read"),
         (change_config(quantization_config={"quant_method": "gptq"}), "quantized model; wanted one with plain weights"),
     ],
