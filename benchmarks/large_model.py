@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from pifa_compiler.hf.loading import load_tokenizer
 from pifa_compiler.hf.smollm2 import fetch_smollm2
 from pifa_compiler.hf.stored_model import WeightsInFiles
 from pifa_compiler.memory import parse_bytes
-from pifa_compiler.reconstruction.needs import needs_of
+from pifa_compiler.reconstruction.needs import fit_blocks
 from pifa_compiler.reconstruction.selection import select_linears
 
 
@@ -111,10 +111,7 @@ def plan(shape: str, memory: str, samples: int, seqlen: int) -> dict[str, object
     none = WeightsInFiles({}, {}, {}, torch.device("cpu"))
     captured = capture(model, batches, weights=none)
     selection = select_linears(model, captured.graph, in_files=True)
-    for share in (8, 16, 32, 64):  # as compress_checkpoint chooses
-        needs = needs_of(replace(captured, block_bytes=given // share), selection.found, CompressConfig())
-        if needs.least <= given:
-            break
+    needs, _ = fit_blocks(captured, selection.found, CompressConfig(), given)
     return {"shape": shape, "memory": given, "least": needs.least, "windows": f"{samples} x {seqlen}", **asdict(needs)}
 
 

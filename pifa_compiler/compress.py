@@ -79,9 +79,7 @@ def compress(
         captured, selection.found, selection.one_order, config, results, statistics, progress=progress
     )
     ranked = reconstruction.run()
-    if reconstruction.no_gradients is not None:
-        report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
-    report.activation_bytes = reconstruction.peak_bytes
+    reconstruction.tell(report)
     factors = factors_by_weight(results.groups)
     new, absorbed = _new_layers(model, factors, selection.sites)
     report.layers = selection.layers(captured.graph, (*left_dense(ranked), *reports_of(results.groups)), absorbed)
@@ -92,7 +90,7 @@ def compress(
         for name, module in (new or {}).items():
             exchange.module(model, name, module)
         report.params_after = count_numbers(model)
-        report.describe_rest(model, (*reconstruction.notes, *captured.masks.notes()))
+        report.describe_rest(model)
         describe_if_pretrained(model, report, exchange)
         report.seconds = time.perf_counter() - started
         return report

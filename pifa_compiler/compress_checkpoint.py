@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .compress import check_token_ids
 from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
 from .files import check_destination, remove_drafts
-from .graph.capture import Batch, Captured, capture
+from .graph.capture import Batch, capture
 from .graph.linears import weight_name
 from .hf.stored_model import StoredModel, open_model
 from .linear import PifaLinear
@@ -30,7 +30,7 @@ from .modules import count_numbers
 from .numerics import own_numerics
 from .processes import Processes
 from .reconstruction.config import CompressConfig
-from .reconstruction.needs import Needs, needs_of
+from .reconstruction.needs import SHARES, Needs, fit_blocks
 from .reconstruction.reconstruct import Reconstruction
 from .reconstruction.selection import RankedLinear, left_dense, select_linears
 from .reconstruction.solver import Solved
@@ -39,11 +39,8 @@ from .reconstruction.value_store import Room
 from .reconstruction.working_folder import WorkingFolder
 from .report import LayerReport, Report
 
-_SHARE_OF_BLOCK = 8
+_SHARE_OF_BLOCK = SHARES[0]
 """The weights of a block, and of a shard of the output, take at most this part of the memory."""
-
-_LEAST_SHARE = 8 * _SHARE_OF_BLOCK
-"""Blocks are not cut smaller than this part of the memory, by their weights."""
 
 _LEAST_SHARD = 1 << 24
 """Bytes of a shard of the output, however little memory there is."""
@@ -121,10 +118,11 @@ class _Job:
         Raises:
             OffloadError: the memory does not suffice, or the disk of the working folder or of the output.
         """
-        needs, self.captured = self._needs(self.memory)
+        needs, self.captured = fit_blocks(self.captured, self.selection.found, self.config, self.memory)
         if needs.least > self.memory:
             enough = needs.least
-            while (least := self._needs(enough)[0].least) > enough:  # more memory makes for larger blocks
+            # More memory makes for larger blocks.
+            while (least := fit_blocks(self.captured, self.selection.found, self.config, enough)[0].least) > enough:
                 enough = least
             raise OffloadError(
                 f"{format_bytes(self.memory)} of memory do not suffice for this model and these windows: {needs}; give "
@@ -143,16 +141,6 @@ class _Job:
                     "room, or name another place"
                 )
         return plan
-
-    def _needs(self, memory: int) -> tuple[Needs, Captured]:
-        """What is needed with the largest blocks that fit into `memory`, or the smallest, and the graph so cut."""
-        share = _SHARE_OF_BLOCK
-        while True:
-            captured = replace(self.captured, block_bytes=max(memory // share, 1))
-            needs = needs_of(captured, self.selection.found, self.config)
-            if needs.least <= memory or share >= _LEAST_SHARE:
-                return needs, captured
-            share *= 2
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a run that goes on."""
@@ -196,11 +184,8 @@ class _Job:
             processes=self.processes,
         )
         ranked = reconstruction.run()
-        if reconstruction.no_gradients is not None:
-            report.note(f"output errors are not weighted by gradients: {reconstruction.no_gradients}")
-        report.activation_bytes, report.planned_bytes = reconstruction.peak_bytes, plan.memory
-        for note in (*reconstruction.notes, *self.captured.masks.notes()):
-            report.note(note)
+        reconstruction.tell(report)
+        report.planned_bytes = plan.memory
         return ranked
 
     def assemble(self, work: WorkingFolder, ranked: Mapping[Node, RankedLinear], report: Report) -> "_Layers":
@@ -211,7 +196,7 @@ class _Job:
         absorbed = layers.absorb(self.selection.sites) if self.processes.is_first else {}
         report.layers = self.selection.layers(graph, (*left_dense(ranked), *layers.reports()), absorbed)
         for layer in report.factorized:
-            model.set_submodule(layer.name, layers.without_values(layer.name))
+            model.set_submodule(layer.name, _without_values(layer, model.get_submodule(layer.name)))
         report.params_after = count_numbers(model)
         report.describe_rest(model)
         return layers
@@ -233,16 +218,6 @@ class _Layers:
     def _solved(self, name: str) -> Solved | None:
         found = self._group.get(f"{name}.weight")
         return None if found is None else (self._work.solved(found[0]) or {}).get(found[1])
-
-    def without_values(self, name: str) -> PifaLinear:
-        """The layer `name` in PIFA form, on the meta device."""
-        solved = self._solved(name)
-        assert solved is not None  # noqa: S101  it is in the report
-        dense = self._stored.model.get_submodule(name)
-        d_out, d_in = solved.factors.shape
-        bias = getattr(dense, "bias", None) is not None
-        dtype = solved.factors.w_pivot.dtype
-        return PifaLinear(d_in, d_out, solved.factors.rank, bias, device="meta", dtype=dtype).eval()
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of the layer `name`, by their names in it; None if it is as it was."""
@@ -316,6 +291,14 @@ class _Layers:
             if changed:
                 absorbed.update(dict.fromkeys(site.sources, ", ".join(site.readers)))
         return absorbed
+
+
+def _without_values(layer: LayerReport, dense: nn.Module) -> PifaLinear:
+    """A layer in PIFA form, on the meta device, for the place of a dense one."""
+    assert layer.rank is not None  # noqa: S101  it is in PIFA form
+    assert isinstance(dense.weight, Tensor)  # noqa: S101  of a linear
+    (d_out, d_in), bias = layer.shape, getattr(dense, "bias", None) is not None
+    return PifaLinear(d_in, d_out, layer.rank, bias, device="meta", dtype=dense.weight.dtype).eval()
 
 
 def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:

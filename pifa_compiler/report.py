@@ -134,10 +134,8 @@ class Report:
         if text not in self.notes:
             self.notes.append(text)
 
-    def describe_rest(self, model: nn.Module, notes: Iterable[str] = ()) -> None:
-        """Fills `others` with what `model` holds beside the layers, and adds what is to be noted."""
-        for text in notes:
-            self.note(text)
+    def describe_rest(self, model: nn.Module) -> None:
+        """Fills `others` with what `model` holds beside the layers."""
         layers = {layer.name for layer in self.layers}
         inside = tuple(f"{name}." for name in layers if name)
         seen = {id(own) for name, module in model.named_modules() if name in layers for own in module.parameters()}

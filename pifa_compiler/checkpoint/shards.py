@@ -54,7 +54,7 @@ def write_model(
     settings = describe(model, report)
     check_loadable(model, model.config.quantization_config)
     own = _distinct(model.state_dict(keep_vars=True))
-    guard = {name: tensor for name, tensor in add_guard({}, model).items()}
+    guard = add_guard({}, model)
     shards = list(_shards({**own, **guard}, shard_bytes))
     with atomic_folder(folder, overwrite=overwrite) as partial:
         _copy_beside(source, partial)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ _SOLVE_PRODUCTS = 12
 
 _WIDER = 4
 """Within a block more values live at once than at its border, about so many times (query, key, value, gate, up)."""
+
+SHARES = (8, 16, 32, 64)
+"""The weights of a block take at most this part of the memory: the first, or the next where more does not fit."""
 
 _MARGIN = 1.1
 """For what allocators hold beyond what is asked of them."""
@@ -87,7 +90,7 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     last = [node for node in output.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
     blocks = captured.blocks(last[0] if last else linears[-1])
     gradients = METHODS[config.method].gradients and config.gradients
-    sizes = {name: parameter for name, parameter in captured.graph.named_parameters(remove_duplicate=False)}
+    sizes = dict(captured.graph.named_parameters(remove_duplicate=False))
     batches = len(captured.inputs)
     largest = max(_block_bytes(block, sizes, found, gradients=gradients) for block in blocks)
     borders = [set(block.outputs) for block in blocks[:-1]]
@@ -114,6 +117,23 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
         products=2.0 * tokens * (passes * numbers + 2 * squares),
         solving=2.0 * _SOLVE_PRODUCTS * sum(float(min(shape)) ** 2 * max(shape) for shape in shapes),
     )
+
+
+def fit_blocks(
+    captured: Captured, found: Mapping[Node, FoundLinear], config: CompressConfig, memory: int
+) -> tuple[Needs, Captured]:
+    """What is needed with the largest blocks that fit into `memory`, or the smallest, and the graph so cut.
+
+    Args:
+        captured, found, config: as in `needs_of`.
+        memory: bytes.
+    """
+    for share in SHARES:
+        captured = replace(captured, block_bytes=max(memory // share, 1))
+        needs = needs_of(captured, found, config)
+        if needs.least <= memory:
+            break
+    return needs, captured
 
 
 def _block_bytes(

@@ -10,6 +10,7 @@ from ..graph.capture import Captured
 from ..graph.linears import read_weight, weight_name
 from ..graph.predictions import find_predictions
 from ..processes import Processes
+from ..report import Report
 from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
 from .gradients import Keep, sum_dense
@@ -136,6 +137,14 @@ class Reconstruction:
         )
         self._solve(ranked)
         return ranked
+
+    def tell(self, report: Report) -> None:
+        """Puts what the run found out of the ordinary, and what it held, into a report."""
+        if self.no_gradients is not None:
+            report.note(f"output errors are not weighted by gradients: {self.no_gradients}")
+        for note in (*self.notes, *self.captured.masks.notes()):
+            report.note(note)
+        report.activation_bytes = self.peak_bytes
 
     @property
     def allocator(self) -> str:
