@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Captured
-from .run import Values, run_block
+from .run import Values, ancestors, run_block
+
+_TOKENS = ("decoder_input_ids", "input_ids", "labels")
+"""Inputs that predictions may be made after. An encoder-decoder without the first makes it of the last."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,23 @@ class Predictions:
 def find_predictions(captured: Captured) -> Predictions | str:
     """Where a captured model takes tokens and predicts the next ones, or why it predicts none.
 
-    A causal language model is known by what it does: its logits at a token stay the same when a later token changes.
+    A causal language model, or the decoder of an encoder-decoder, is known by what it does: its logits at a token stay
+    the same when a later token changes.
     """
     graph = captured.graph.graph
     by_node = dict(zip(graph.find_nodes(op="placeholder"), captured.inputs[0], strict=True))
     whole = [node for node, value in by_node.items() if _is_token_ids(value) and "mask" not in str(node.target)]
-    named = [node for node in whole if str(node.target) == "input_ids"]
-    tokens = named[0] if named else whole[0] if len(whole) == 1 else None
-    if tokens is None:
+    named = [node for name in _TOKENS for node in whole if str(node.target) == name]
+    candidates = named or (whole if len(whole) == 1 else [])
+    if not candidates:
         return "the model is not called with token ids [batch, 2 or more tokens]"
-    (output,) = graph.find_nodes(op="output")
+    found = [_predictions_of(captured, tokens, by_node) for tokens in candidates]
+    return next((each for each in found if isinstance(each, Predictions)), found[0])
+
+
+def _predictions_of(captured: Captured, tokens: Node, by_node: Values) -> Predictions | str:
+    """Where logits are that each follow from one token of `tokens` and those before it, or why there are none."""
+    (output,) = captured.graph.graph.find_nodes(op="output")
     ids, logits = by_node[tokens], None
     for node in output.all_input_nodes:
         value = node.meta.get("val")
@@ -39,10 +49,13 @@ def find_predictions(captured: Captured) -> Predictions | str:
             logits = node
     if logits is None:
         return "the model gives no logits [batch, tokens, vocabulary]"
+    if tokens not in ancestors(logits):
+        return f"its logits do not depend on {tokens.target}"
     # What a linear makes of each token's values cannot hide a later token from them.
     checked = logits.all_input_nodes[0] if logits.target is torch.ops.aten.linear.default else logits
     changed, half = ids.clone(), ids.shape[1] // 2
-    changed[:, half:] = torch.where(ids[:, half:] == 0, 1, ids[:, half:] - 1)  # half of them: some may be padding
+    # Half of them, as some may be padding; -100 says of a label that there is none.
+    changed[:, half:] = torch.where(ids[:, half:] > 0, ids[:, half:] - 1, torch.where(ids[:, half:] == 0, 1, -100))
     before, after = _values_of(captured, checked, [{**by_node, tokens: each} for each in (ids, changed)])
     if before.shape[:2] != ids.shape:
         return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"

@@ -24,6 +24,9 @@ _LATER_FIRST = ("decoder", "tgt", "", "src", "encoder", "memory")
 _LAYERS_NAMED = 8
 """Linears that a note names; of a deep model they are all alike."""
 
+_NO_LABEL = -100
+"""A label at which nothing is to be predicted: padding of a decoder that is called without a mask of its own."""
+
 _HIDDEN = -1e4
 """What additive masks add to hide a token: this, or the least number of their dtype."""
 
@@ -56,6 +59,7 @@ class TokenMasks:
         self._unclear: list[str] = []
         self._unfitted: dict[str, list[str]] = {}
         masks: dict[str, tuple[Node, Sequence[Tensor | None]]] = {}
+        labelled: tuple[Node, Sequence[Tensor | None]] | None = None
         for node, values in given.items():
             name = str(node.target)
             found = _MASK.fullmatch(name)
@@ -65,8 +69,12 @@ class TokenMasks:
                     self._unclear.append(f"{name} {list(values[0].shape)}: {next(e for e in read if type(e) is str)}")
                 else:
                     masks[found["stream"] or ""] = (node, [each for each in read if not isinstance(each, str)])
+            elif name == "labels" and values[0].ndim == 2 and any(bool((value == _NO_LABEL).any()) for value in values):
+                labelled = (node, [value != _NO_LABEL for value in values])
             elif name in _UNCLEAR:
                 self._unclear.append(f"{name}: pass attention_mask, 1 at tokens that count, where the model takes one")
+        if labelled is not None:
+            masks.setdefault("decoder", labelled)
         self._streams = {stream: _Stream(str(node.target), tokens) for stream, (node, tokens) in masks.items()}
         self._stream_of = _streams_by_node(graph, given, masks)
 
@@ -113,7 +121,7 @@ def _streams_by_node(
     masks: Mapping[str, tuple[Node, Sequence[Tensor | None]]],
 ) -> dict[Node, str]:
     """The stream of each node; nodes that read none of the inputs that masks are about are left out."""
-    mask_nodes = {node for node, _ in masks.values()}
+    mask_nodes = {node for node, _ in masks.values() if node.target != "labels"}  # a decoder's tokens come of those
     prefixes = {"decoder", "tgt", *masks} - {""}
     sources: dict[str, list[Node]] = {}
     for node in given:

@@ -192,6 +192,34 @@ def test_no_parameter_gets_a_gradient_and_blocks_cover_the_graph_once():
     assert len(residual) <= len(blocks) - 2  # cut between decoder layers, one such value crosses
 
 
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("tokens", ["decoder_input_ids", "labels"])
+@pytest.mark.parametrize("count", [6, 9], ids=["fewer", "as many"])
+def test_an_encoder_decoder_predicts_after_its_decoders_tokens(tokens, count):
+    torch.manual_seed(0)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 5:] = 0
+    call = {"input_ids": torch.randint(3, 50, (2, 9)), "attention_mask": mask}
+    call[tokens] = torch.randint(3, 50, (2, count))
+    if tokens == "labels":
+        call[tokens][1, -2:] = -100  # padding
+    captured = capture(t5(), [call])
+    predictions = find_predictions(captured)
+    assert isinstance(predictions, Predictions)
+    assert predictions.tokens.target == tokens
+    found = dense_statistics(captured, linears_of(captured), predictions)
+    for name in ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.q"):
+        assert float(found.gradient_gram[f"{name}.weight"].diagonal().min()) > 0
+    assert found.of_input("encoder.block.0.layer.1.DenseReluDense.wi.weight").tokens == 14
+    assert found.of_input("decoder.block.0.layer.2.DenseReluDense.wi.weight").tokens == (2 * count if tokens == "decoder_input_ids" else 2 * count - 2)
+
+
 def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
@@ -209,6 +237,7 @@ def encoder() -> tuple[nn.Module, torch.Tensor]:
         (bert, "depend on later tokens"),
         (lambda: (nn.Linear(4, 4), torch.randn(2, 4)), "not called with token ids"),
         (encoder, "gives no logits"),
+        (lambda: (bert()[0], {**bert()[1], "labels": torch.randint(3, 50, (2, 9))}), "depend on later tokens"),
     ],
 )
 def test_other_models_have_no_next_token_loss_and_it_is_said_why(make, words):
