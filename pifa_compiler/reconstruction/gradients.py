@@ -18,7 +18,8 @@ more, for one batch at a time, with all that going back through it needs. When a
 are handed over. Memory holds the crossing values, the sums of one block, and one block of one batch.
 
 Where the device has units for bfloat16, products and attention run in it (by autocast): the sums weigh errors and say
-where ranks are worth most, for which three digits are plenty. The sums themselves are taken in float32.
+where ranks are worth most, for which three digits are plenty. The sums of a batch are taken in float32 and added up in
+float64, which leaves no trace of their order: several processes find what one does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -345,7 +346,8 @@ def _complete(linear: Node, sums: _Sums) -> DenseSums:
             f"the gradient at the output of {weight_name(linear)} is not finite; calibrate in float32, "
             "or pass gradients=False (--no-gradients)"
         )
-    return DenseSums(sums.gram[source], gram, sums.sum_abs[source], sums.tokens[source])
+    gram = None if gram is None else gram.float()
+    return DenseSums(sums.gram[source].float(), gram, sums.sum_abs[source].float(), sums.tokens[source])
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -365,7 +367,7 @@ def _add(sums: dict[Node, Tensor], node: Node, term: Tensor) -> None:
     if node in sums:
         sums[node] += term
     else:
-        sums[node] = term
+        sums[node] = term.double()
 
 
 def _logits_gradient(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,9 @@ _SOLVE_PRODUCTS = 12
 _WIDER = 4
 """Within a block more values live at once than at its border, about so many times (query, key, value, gate, up)."""
 
+_OF_SUMS = 8
+"""Bytes of an entry of a sum."""
+
 SHARES = (8, 16, 32, 64)
 """The weights of a block take at most this part of the memory: the first, or the next where more does not fit."""
 
@@ -144,9 +147,9 @@ def _block_bytes(
     made = sum(map(_bytes, block.nodes)) * (2 if gradients else 1)
     own = [node for node in block.nodes if node in found]
     widths = {node.all_input_nodes[0]: found[node].shape[1] for node in own}
-    sums = sum(4 * width**2 for width in widths.values())
+    sums = sum(_OF_SUMS * width**2 for width in widths.values())
     if gradients:
-        sums += sum(4 * found[node].shape[0] ** 2 for node in own)
+        sums += sum(_OF_SUMS * found[node].shape[0] ** 2 for node in own)
     return weights + made + sums
 
 
