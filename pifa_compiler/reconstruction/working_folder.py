@@ -1,134 +1,50 @@
 """`WorkingFolder`: results of a long run on disk, each whole or not there, so that a run that was stopped goes on.
 
-run.json          what the run is of: options, files, data, versions
-lock              held by the process that works here
 linears/NAME      sums of the dense model at a linear: what the allocator saw, and the gradients' Gram matrix
 blocks/RANK-N     gradients at the border that the way back through the dense model has come to
 groups/NAME       factors of linears that read one value, and their reports
 sites/NUMBER      layers of a site that took over, or gave away, a row order
-output.json       which folder the output is, written just before that takes its name
 values/           what does not fit into memory between two steps; worthless to another process
 """
 
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..errors import OffloadError
 from ..factors import FactorQuality, PifaFactors
-from ..files import sync
 from ..graph.linears import weight_name
 from ..processes import Processes
 from ..report import LayerReport
+from ..run_folder import RunFolder, load_tensors, save_tensors, whole
 from .allocators import Seen
 from .gradients import BlockDone
 from .solver import Solved
 from .sweep import Group
 
-_RUN, _LOCK, _OUTPUT = "run.json", "lock", "output.json"
-_ROOMS = ("linears", "blocks", "groups", "sites", "values")
 
+class WorkingFolder(RunFolder):
+    """Findings of a run in a folder (see `Results`); its arguments are those of a `RunFolder`."""
 
-class WorkingFolder:
-    """Findings of a run in a folder (see `Results`), for one process at a time.
-
-    Args:
-        folder: made if it is not there.
-        run: what the run is of, as plain values; a run that goes on has to be of the same.
-        resume: whether what lies there is gone on with.
-        processes: those that share the run: the first writes, the others read; None is this one alone.
-
-    Raises:
-        OffloadError: another process works there, another run's results lie there, there are results and `resume` is
-            not set, or it cannot be written.
-    """
+    rooms = ("linears", "blocks", "groups", "sites", "values")
+    scratch = "values"
 
     def __init__(
         self, folder: Path, run: Mapping[str, Any], *, resume: bool = False, processes: Processes | None = None
     ) -> None:
-        self.folder = folder
-        self._processes = Processes() if processes is None else processes
+        super().__init__(folder, run, resume=resume, processes=processes)
         self._graph: dict[str, Node] = {}
         self._seen: dict[str, Seen] = {}
         self._site_of: dict[str, int] = {}
-        self._lock: IO[str] | None = None
-        if self._processes.is_first:
-            with _explained(folder):
-                there, locked_before = folder.exists(), (folder / _LOCK).exists()
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(folder)
-                try:
-                    self._start(run, resume=resume)
-                except BaseException:
-                    if not locked_before:
-                        (folder / _LOCK).unlink(missing_ok=True)
-                    if not there:
-                        shutil.rmtree(folder, ignore_errors=True)
-                    self._lock.close()
-                    raise
-        self._processes.wait()
-
-    def _start(self, run: Mapping[str, Any], *, resume: bool) -> None:
-        known = self.folder / _RUN
-        wanted = json.loads(json.dumps(run))  # as it will be read
-        if known.exists():
-            self._compare(_read_json(known), wanted)
-            if not resume:
-                raise OffloadError(f"{self.folder} holds a run that was stopped; resume it (--resume), or delete it")
-        elif any(path.name not in (_LOCK, f"{_RUN}.draft") for path in self.folder.iterdir()):
-            raise OffloadError(f"{self.folder} is not empty and no working folder; name another one")
-        elif resume:
-            raise OffloadError(f"{self.folder} holds no run to go on with; start one without --resume")
-        else:
-            _write_json(known, wanted)
-        shutil.rmtree(self.values, ignore_errors=True)  # of a process that was killed
-        for room in _ROOMS:
-            (self.folder / room).mkdir(exist_ok=True)
-        for draft in self.folder.rglob("*.draft"):
-            draft.unlink()
-
-    def _compare(self, known: Any, wanted: Any) -> None:
-        if not isinstance(known, dict):
-            raise OffloadError(f"{self.folder / _RUN} is damaged; delete {self.folder}")
-        for key in {**known, **wanted}:
-            if known.get(key) != wanted.get(key):
-                raise OffloadError(
-                    f"{self.folder} holds a run of another {key}: {_difference(known.get(key), wanted.get(key))}; "
-                    "repeat that run's options, or delete the folder"
-                )
 
     @property
     def values(self) -> Path:
         """Where values between two steps may lie."""
         return self.folder / "values"
-
-    def close(self, *, finished: bool) -> None:
-        """Lets another run work here; with `finished` the folder is gone."""
-        if self._lock is not None:
-            for room in _ROOMS if finished else ("values",):
-                shutil.rmtree(self.folder / room, ignore_errors=True)
-            if finished:  # what says so goes last
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.close()
-
-    def add_output(self, draft: Path) -> None:
-        """Notes that the output lies in the folder `draft`, complete, and will be given its name now."""
-        with _explained(self.folder):
-            _write_json(self.folder / _OUTPUT, _identity(draft))
-
-    def has_written(self, output: Path) -> bool:
-        """Whether the folder `output` is what this run has made, and it was stopped after that."""
-        known = self.folder / _OUTPUT
-        return known.exists() and output.exists() and _read_json(known) == _identity(output)
 
     def bind(self, graph: GraphModule) -> None:
         """Says which graph the nodes are of that results are asked for."""
@@ -137,7 +53,7 @@ class WorkingFolder:
     def add_linear(self, linear: Node, seen: Seen, gradient_gram: Tensor | None) -> None:
         """See `Results`."""
         tensors = {"seen": seen.found, "gradient_gram": gradient_gram}
-        if self._processes.is_first:
+        if self.processes.is_first:
             self._write("linears", weight_name(linear), tensors, {"weighted": str(int(seen.weighted))})
         self._seen[weight_name(linear)] = seen
 
@@ -145,7 +61,7 @@ class WorkingFolder:
         """See `Results`."""
         name = weight_name(linear)
         if name not in self._seen and (found := self._read("linears", name, "seen")) is not None:
-            with _whole(self._path("linears", name)):
+            with whole(self._path("linears", name), self._blocks):
                 self._seen[name] = Seen(found[0].get("seen"), found[1]["weighted"] == "1")
         return self._seen.get(name)
 
@@ -167,24 +83,24 @@ class WorkingFolder:
             for node, gradient in gradients.items()
         }
         notes = {"block": done.block, "batches": len(done.gradients), "bfloat16": done.bfloat16}
-        _save(self._block(done.block), tensors, {"done": json.dumps(notes)})
+        save_tensors(self._block(done.block), tensors, {"done": json.dumps(notes)})
         # The one before stays: a process that shares the run may not have come further.
         self._block(done.block + 2).unlink(missing_ok=True)
 
     def _block(self, number: int) -> Path:
-        return self.folder / "blocks" / f"{self._processes.rank}-{number}.safetensors"
+        return self._blocks / f"{self.processes.rank}-{number}.safetensors"
 
     def last_block(self) -> BlockDone | None:
         """See `Results`; the last that all processes have done."""
-        own = [path.stem for path in self.folder.glob(f"blocks/{self._processes.rank}-*.safetensors")]
-        numbers = self._processes.gather([int(stem.partition("-")[2]) for stem in own])
+        own = [path.stem for path in self.folder.glob(f"blocks/{self.processes.rank}-*.safetensors")]
+        numbers = self.processes.gather([int(stem.partition("-")[2]) for stem in own])
         if not all(numbers):
             return None
         path = self._block(max(map(min, numbers)))
-        found = _load(path)
+        found = load_tensors(path)
         if found is None:
             return None
-        with _whole(path):
+        with whole(path):
             notes = json.loads(found[1]["done"])
             gradients: list[dict[Node, Tensor]] = [{} for _ in range(notes["batches"])]
             for key, tensor in found[0].items():
@@ -194,7 +110,7 @@ class WorkingFolder:
 
     def add_group(self, group: Group, solved: Mapping[Node, Solved]) -> None:
         """See `Results`."""
-        if not self._processes.is_first:
+        if not self.processes.is_first:
             return
         tensors: dict[str, Tensor | None] = {}
         for node, each in solved.items():
@@ -212,7 +128,7 @@ class WorkingFolder:
         if found is None:
             return None
         tensors, solved = found[0], dict[Node, Solved]()
-        with _whole(self._path("groups", first)):
+        with whole(self._path("groups", first)):
             notes = json.loads(found[1]["solved"])
             for name, report in notes["reports"].items():
                 w_pivot, coeff, pivots = (tensors[f"{name} {part}"] for part in ("w_pivot", "coeff", "pivots"))
@@ -238,7 +154,7 @@ class WorkingFolder:
         found = self._read("sites", str(number), None)
         if found is None:
             return None
-        with _whole(self._path("sites", str(number))):
+        with whole(self._path("sites", str(number))):
             names = tuple(json.loads(found[1]["layers"]))
             self._site_of.update(dict.fromkeys(names, number))
             return names
@@ -250,15 +166,20 @@ class WorkingFolder:
         found = self._read("sites", str(self._site_of[name]), f"{name} ")
         return None if found is None else {key.partition(" ")[2]: tensor for key, tensor in found[0].items()}
 
+    @property
+    def _blocks(self) -> Path:
+        """What goes with the linears: gradients are summed of all of them together, as far as blocks were done."""
+        return self.folder / "blocks"
+
     def _path(self, room: str, name: str) -> Path:
         return self.folder / room / f"{name}.safetensors"
 
     def _write(self, room: str, name: str, tensors: Mapping[str, Tensor | None], notes: dict[str, str]) -> None:
         known = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-        _save(self._path(room, name), known, notes)
+        save_tensors(self._path(room, name), known, notes)
 
     def _read(self, room: str, name: str, start: str | None = "") -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        return _load(self._path(room, name), start)
+        return load_tensors(self._path(room, name), start, self._blocks if room == "linears" else None)
 
 
 class GramsOnDisk(Mapping[str, Tensor]):
@@ -278,113 +199,3 @@ class GramsOnDisk(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}  # none shared
-
-    def write(draft: Path) -> None:
-        try:
-            save_file(own, draft, metadata=notes)
-        except SafetensorError as error:  # how safetensors reports that the disk is full
-            raise OSError(str(error)) from error
-
-    with _explained(path.parent):
-        _write_whole(path, write)
-
-
-def _load(path: Path, start: str | None = "") -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors of a file whose names start with `start`, or none, and its notes; None if there is no such file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return None
-    with _whole(path):
-        if not path.is_file():  # reading a pipe would wait for its other end
-            raise ValueError("it is no file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = [] if start is None else [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
-                return {key: file.get_tensor(key).clone() for key in keys}, dict(file.metadata() or {})
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Says of a file that does not hold what it should that it is damaged, and what to delete."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # Gradients are summed of all linears together, as far as blocks were done.
-        more = f" and {path.parents[1] / 'blocks'}" if path.parent.name == "linears" else ""
-        raise OffloadError(
-            f"{path} is damaged ({error}); delete it{more}, and --resume makes again what is missing"
-        ) from error
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1)
-    _write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
-
-
-def _identity(folder: Path) -> list[int]:
-    """What tells a folder from others, whatever it is called."""
-    stat = folder.stat()
-    return [stat.st_dev, stat.st_ino]
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written under another name, brought to the disk, and given its own name."""
-    draft = path.with_name(f"{path.name}.draft")
-    try:
-        write(draft)
-        sync(draft)
-        draft.replace(path)
-        sync(path.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OffloadError(
-            f"the working folder {folder} cannot be written: {error}; make room, or name another one (--offload); what "
-            "was done is kept"
-        ) from error
-
-
-def _locked(folder: Path) -> IO[str]:
-    path = folder / _LOCK
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise BlockingIOError("the run that worked there ends at this moment")
-    except BlockingIOError as error:
-        file.close()
-        raise OffloadError(f"another process works in {folder}; wait for it, or name another folder") from error
-    return file
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _difference(known: Any, wanted: Any) -> str:
-    """The first thing that differs, in words."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        for key in {**known, **wanted}:
-            if known.get(key) != wanted.get(key):
-                return f"{key} {_difference(known.get(key), wanted.get(key))}"
-    return f"was {known!r:.80}, is {wanted!r:.80}"
