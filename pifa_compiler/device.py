@@ -32,6 +32,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32 on a device."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextmanager
 def enough_memory(device: torch.device) -> Iterator[None]:
     """Says what to do where the device's memory does not hold what is computed on it.

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..device import has_bfloat16_units
 from ..errors import CalibrationError, DerivativeError
 from ..graph.capture import Captured
 from ..graph.linears import weight_name
@@ -348,14 +349,6 @@ def _complete(linear: Node, sums: _Sums) -> DenseSums:
         )
     gram = None if gram is None else gram.float()
     return DenseSums(sums.gram[source].float(), gram, sums.sum_abs[source].float(), sums.tokens[source])
-
-
-def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32 on a device."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _gram_matrix(rows: Tensor) -> Tensor:
