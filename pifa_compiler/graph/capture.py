@@ -85,7 +85,7 @@ def capture(
         device = torch.device("cpu") if device is None else device
     elif (weight := next(model.parameters(), None)) is not None:
         device = weight.device
-    calls = [_call_of(model, batch, device) for batch in batches]
+    calls = [call_of(model, batch, device) for batch in batches]
     if not calls:
         raise CalibrationError("at least one calibration batch is needed, none came")
     flat = [pytree.tree_flatten(call) for call in calls]
@@ -160,7 +160,7 @@ def _take_stand_ins_out(graph: GraphModule) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
 
-def _call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
