@@ -1,10 +1,10 @@
 """`genai_config.json`: what onnxruntime-genai has to know to generate text from a KV-cache export."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..drafts import draft_in
 from ..errors import ExportError
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def write_genai_config(
     pad = None if tokenizer is None else tokenizer.pad_token_id
     content = json.dumps(genai_config(model, file.name, pad), indent=2) + "\n"
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".genai-") as scratch:
+        with draft_in(file.parent) as draft:
             if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            Path(scratch, FILE).write_text(content, encoding="utf-8")
-            for made in Path(scratch).iterdir():
+                tokenizer.save_pretrained(draft.new)
+            (draft.new / FILE).write_text(content, encoding="utf-8")
+            for made in draft.new.iterdir():
                 place = file.with_name(made.name)
                 if overwrite or not place.exists():
                     made.replace(place)

@@ -113,7 +113,7 @@ def to_onnx(
         if not functions:
             _inline(written)
         error = tokens = None
-        with atomic_files(final, data_file(final), ExportError) as partial:
+        with atomic_files(final, data_file(final), ExportError, overwrite=overwrite) as partial:
             _save(written, partial, external_data)
             check_model(partial)
             if check:

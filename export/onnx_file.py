@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..drafts import delete_abandoned
 from ..errors import ExportError
-from ..files import check_place, expand_home
+from ..files import check_files, expand_home, resolve
 
 if TYPE_CHECKING:
     import onnx
@@ -23,18 +24,16 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """The file to write, without links; refuses what could not or should not be written, before long work.
 
     Raises:
-        ExportError: it exists and `overwrite` is not set, is a folder, has no suffix .onnx, or its place is not
-            writable.
+        ExportError: it exists and `overwrite` is not set, is a folder, has no suffix .onnx, or cannot be written there.
     """
-    final = expand_home(path, ExportError).resolve()
+    final = resolve(path, ExportError)
     if final.suffix != ".onnx":
         raise ExportError(f"an ONNX file is named *.onnx, got {str(path)!r}; add the suffix")
-    for file in (final, data_file(final)):
-        if file.is_dir():
-            raise ExportError(f"{file} is a folder; wanted the name of a file to write")
+    data = data_file(final)
+    check_files(path, final, data, refusal=ExportError)
+    for file in (final, data):
         if file.exists() and not overwrite:
             raise ExportError(f"{file} exists already; choose another name, or say overwrite (--force)")
-    check_place(path, final, ExportError)
     return final
 
 
@@ -70,6 +69,7 @@ def read_model(path: str | os.PathLike[str]) -> "onnx.ModelProto":
     from onnx import external_data_helper as external
 
     source = expand_home(path, ExportError)
+    delete_abandoned(source.parent)
     if not source.is_file():
         raise ExportError(f"there is no file {str(path)!r}; give an .onnx file")
     try:

@@ -113,7 +113,7 @@ def rewrite_onnx(
     RemoveUnusedNodesPass()(model)  # the products that were replaced, and their weights
     model.ir_version = max(model.ir_version or 0, OLDEST_IR_VERSION)
     onnx_ops.attach_functions(model)
-    with atomic_files(final, data_file(final), ExportError) as partial:
+    with atomic_files(final, data_file(final), ExportError, overwrite=overwrite) as partial:
         try:
             ir.save(model, partial, external_data=data_file(partial).name if external else None)
         except ir.serde.SerdeError as error:  # a name, say, that is no text

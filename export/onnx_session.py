@@ -8,6 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..drafts import delete_abandoned
 from ..errors import ExportError
 from .native_scatter import build
 
@@ -60,6 +61,7 @@ def session(
 
     _check_one_runtime()
     file = Path(path).expanduser()
+    delete_abandoned(file.parent)
     if not file.is_file():
         raise ExportError(f"there is no file {str(path)!r}; give an .onnx file")
     missing = set(providers) - set(onnxruntime.get_available_providers())

@@ -20,7 +20,7 @@ from .checkpoint.shards import write_model
 from .compress import check_token_ids
 from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
-from .files import check_destination, remove_drafts
+from .files import check_destination
 from .graph.capture import Batch, capture
 from .graph.linears import weight_name
 from .hf.stored_model import StoredModel, open_model
@@ -367,8 +367,6 @@ def compress_checkpoint(
             job.processes.wait()
             finished = True
             return Report.from_dict(known)
-        if job.processes.is_first:
-            remove_drafts(job.output)
         check_destination(output, overwrite=overwrite)
         report = Report(job.config.method, job.config.density, params_before=count_numbers(stored.model))
         ranked = job.reconstruct(work, plan, report, progress)

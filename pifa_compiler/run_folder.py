@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from .drafts import sync
 from .errors import OffloadError
-from .files import sync
 from .processes import Processes
 
 _RUN, _LOCK, _OUTPUT = "run.json", "lock", "output.json"

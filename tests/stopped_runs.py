@@ -1,5 +1,6 @@
 """Runs of `compress_checkpoint` in a process of their own, which is killed at a call that it makes or after a time."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pifa_compiler import CompressConfig, Report, compress_checkpoint
+from pifa_compiler import CompressConfig, Report, compress_checkpoint, drafts
 from pifa_compiler.errors import PifaError
 
 CONFIG = CompressConfig(density=0.6, rank_multiple=1)
@@ -30,11 +31,13 @@ class Stop:
         functions: those that count.
         call: the number of the call, from 0, that the process is killed in the place of.
         after_renames: how many folders are renamed before calls count.
+        exchanges: whether the file system exchanges two names at once.
     """
 
     functions: tuple[str, ...]
     call: int
     after_renames: int = 0
+    exchanges: bool = True
 
 
 def tokens() -> list[torch.Tensor]:
@@ -106,6 +109,8 @@ def _run(
 
 def _prepare(stop: Stop) -> None:
     """Has this process killed where `stop` says."""
+    if not stop.exchanges:
+        drafts._renameat2 = lambda *_: errno.ENOSYS
     if not stop.after_renames:
         _kill_at(stop)
         return

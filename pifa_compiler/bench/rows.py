@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import BenchError, CheckpointError, ConfigError
+from ..files import write_whole
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,7 @@ class JsonRows(Generic[RowType]):
         """Adds a row and writes the file anew."""
         self.rows.append(row)
         content = {**self._beside, "setting": _plain(self.setting), "rows": [_plain(each) for each in self.rows]}
-        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self._path)
+        write_whole(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drafts import delete_abandoned
 from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
 from ..files import atomic_folder, check_destination
@@ -123,6 +124,7 @@ def load_pretrained(
 
     register()
     where = os.fspath(folder)
+    delete_abandoned(Path(where).parent)
     tensors = None
     elsewhere = device is not None and torch.device(device).type != "cpu"
     try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..drafts import delete_abandoned
 from ..errors import CheckpointError
 from ..factors import rounding_error, stored_numbers
 from .checksums import verify_checksums
@@ -99,6 +100,7 @@ def inspect(folder: str | os.PathLike[str], *, verify: bool = False) -> Inspecti
         CheckpointError: it is no PIFA model, it is damaged, or its report is; with `verify`, a tensor is not what was
             saved, or there are no checksums.
     """
+    delete_abandoned(Path(folder).parent)
     settings = read_settings(folder)
     if verify:
         verify_checksums(Path(folder))

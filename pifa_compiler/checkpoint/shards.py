@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..files import atomic_folder, sync
+from ..drafts import sync
+from ..files import atomic_folder
 from ..report import Report
 from .format import CONFIG, INDEX, PICKLES, WEIGHTS
 

@@ -24,6 +24,7 @@ from ..checkpoint.format import (
     read_json,
     refuse_fetched_code,
 )
+from ..drafts import delete_abandoned
 from ..errors import CheckpointError, ConfigError
 from ..files import expand_home
 
@@ -128,6 +129,7 @@ def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> 
 def _locate(name: str | Path) -> Path | str:
     """The folder or GGUF file that `name` is, or the Hub name as it came."""
     path = expand_home(name, CheckpointError)
+    delete_abandoned(path.parent)
     if path.is_dir() and name != "":
         return path
     if path.is_file():
