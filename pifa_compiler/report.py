@@ -90,9 +90,68 @@ class OtherReport:
     buffered: int
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """One step of training.
+
+    Attributes:
+        step: its number, from 1.
+        seconds: since the run began, at its end.
+        learning_rate: in it.
+        loss: on its batches, before it.
+        gradient_norm: before it was clipped.
+        held_out: the loss on the held-out batches after it; None where they were not looked at.
+    """
+
+    step: int
+    seconds: float
+    learning_rate: float
+    loss: float
+    gradient_norm: float
+    held_out: float | None
+
+
+@dataclass
+class DistillReport:
+    """What `distill` did.
+
+    Attributes:
+        loss: what was compared with the teacher, as in `DistillConfig`.
+        trained: how many numbers.
+        held_out_before, held_out_after: the loss on the held-out batches at the start, and in the state that was kept.
+        best_step: after which that state was reached; 0 if it is the one to start with.
+        seconds: wall time.
+        interrupted: whether the run was stopped before its end by an interrupt.
+        steps: all steps.
+        notes: what was out of the ordinary.
+    """
+
+    loss: str
+    trained: int
+    held_out_before: float
+    held_out_after: float
+    best_step: int
+    seconds: float
+    interrupted: bool = False
+    steps: list[StepRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DistillReport":
+        """A report as `asdict` gave it, or JSON made of that."""
+        return cls(**{**values, "steps": [StepRow(**row) for row in values["steps"]]})
+
+    def __str__(self) -> str:
+        lines = [
+            f"distilled: {self.trained:,} numbers trained in {len(self.steps)} steps, {self.seconds:.0f} s; loss on "
+            f"held-out batches {self.held_out_before:.4f} -> {self.held_out_after:.4f} (step {self.best_step})"
+        ]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
 @dataclass
 class Report:
-    """What `compress` or `compact` did.
+    """What `compress`, `compact` or `distill` did.
 
     Attributes:
         method: how low-rank weights were made: a name in `METHODS`, or "lossless".
@@ -104,6 +163,7 @@ class Report:
         planned_bytes: of memory that the run was to take, by arithmetic before it started.
         notes: what was not tried, and why.
         others: one entry for everything else that holds numbers, in the model's order.
+        distillation: the training after it; None if there was none.
     """
 
     method: str
@@ -116,6 +176,7 @@ class Report:
     planned_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     others: list[OtherReport] = field(default_factory=list)
+    distillation: DistillReport | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -127,7 +188,14 @@ class Report:
             for other in values["others"]
         ]
         layers = [LayerReport.from_dict(layer) for layer in values["layers"]]
-        return cls(**{key: values[key] for key in plain}, layers=layers, notes=list(values["notes"]), others=others)
+        trained = values.get("distillation")
+        return cls(
+            **{key: values[key] for key in plain},
+            layers=layers,
+            notes=list(values["notes"]),
+            others=others,
+            distillation=None if trained is None else DistillReport.from_dict(trained),
+        )
 
     def note(self, text: str) -> None:
         """Adds to `notes` what is not there yet."""
@@ -210,6 +278,7 @@ class Report:
             "untouched": self.untouched,
             "layers": [asdict(layer) for layer in self.layers],
             "others": [asdict(other) for other in self.others],
+            "distillation": None if self.distillation is None else asdict(self.distillation),
         }
 
     def __str__(self) -> str:
@@ -224,4 +293,5 @@ class Report:
         lines += [f"  {count} left: {reason}" for reason, count in reasons.items()]
         lines += [f"  {self.rest}"] if self.others else []
         lines += [f"  {note}" for note in self.notes]
+        lines += [str(self.distillation)] if self.distillation is not None else []
         return "\n".join(lines)
