@@ -13,8 +13,9 @@ from .errors import CalibrationError, RankError
 from .exchange.absorb import LayerSite, absorb_orders
 from .exchange.atomic import Exchange
 from .factors import PifaFactors
-from .graph.capture import Batch, capture
+from .graph.capture import Batch
 from .graph.linears import weight_name
+from .graph.parts import capture_whole_or_in_parts
 from .memory import format_bytes
 from .modules import count_numbers, is_plain_linear, layer_of, module_at
 from .numerics import own_numerics
@@ -68,7 +69,7 @@ def compress(
     refuse_other_quantization(model)
     check_token_ids(model, calls)
     _check_weights(model)
-    captured = capture(model, calls)
+    captured = capture_whole_or_in_parts(model, calls)
     selection = select_linears(model, captured.graph, config.skip, config.ranks)
     report = Report(config.method, config.density, params_before=count_numbers(model))
     report.planned_bytes = needs_of(captured, selection.found, config).in_memory
@@ -111,7 +112,7 @@ def measure(
     """
     calls = list(batches)
     check_token_ids(model, calls)
-    captured = capture(model, calls)
+    captured = capture_whole_or_in_parts(model, calls)
     found = list(select_linears(model, captured.graph).found)
     statistics = DenseStatistics()
     if gradients:

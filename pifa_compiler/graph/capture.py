@@ -36,6 +36,8 @@ class Captured:
         weights: where the values of `get_attr` nodes come from.
         block_bytes: how much of the weights a block should read at most; None if that does not matter.
         device: where inputs and weights are.
+        parts: the submodules that the graph consists of, each by itself; none where it is all of the model.
+        notes: what was out of the ordinary.
     """
 
     graph: GraphModule
@@ -44,6 +46,8 @@ class Captured:
     weights: Weights
     block_bytes: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    parts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def blocks(self, last: Node) -> list[Block]:
         """Cuts what `last` needs into blocks: as many as the root of the number of linears, or as their weights ask.
@@ -91,6 +95,12 @@ def capture(
     flat = [pytree.tree_flatten(call) for call in calls]
     if any(spec != flat[0][1] for _, spec in flat):
         raise CalibrationError("all calibration batches must pass the same arguments; they differ in structure")
+    for values in zip(*(values for values, _ in flat), strict=True):
+        other = next((value for value in values if not _is_like(value, values[0])), values[0])
+        if other is not values[0]:
+            raise CalibrationError(
+                f"all calibration batches must pass the same arguments beside tensors; {values[0]!r} and {other!r} came"
+            )
     frozen = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if frozen is not None and not torch.is_inference_mode_enabled():
         raise CaptureError(
@@ -161,6 +171,7 @@ def _take_stand_ins_out(graph: GraphModule) -> None:
 
 
 def call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments (by position, by name) that a batch calls a model with: on a device, and without a KV cache."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
@@ -169,7 +180,7 @@ def call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tupl
         kwargs = dict(batch)
     else:
         args = tuple(batch)
-    if getattr(getattr(model, "config", None), "use_cache", None) is not None:
+    if _may_cache(model):
         kwargs.setdefault("use_cache", False)
     if device is None:
         return args, kwargs
@@ -177,6 +188,19 @@ def call_of(model: nn.Module, batch: Batch, device: torch.device | None) -> tupl
         Tensor, lambda value: value.to(device), (args, kwargs)
     )
     return moved
+
+
+def _may_cache(model: nn.Module) -> bool:
+    """Whether a Hugging Face model, or the language model in one of several, may keep a KV cache."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    configs = [config, *([text(decoder=True)] if callable(text) else [])]
+    return any(getattr(each, "use_cache", None) is not None for each in configs)
+
+
+def _is_like(value: Any, first: Any) -> bool:
+    """Whether an argument may stand where another does: a graph is captured for one number, text or flag."""
+    return type(value) is type(first) and (not isinstance(first, bool | int | float | str) or value == first)
 
 
 def _dynamic_dims(batches: list[list[Any]]) -> list[list[int]]:

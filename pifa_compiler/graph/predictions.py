@@ -28,6 +28,8 @@ def find_predictions(captured: Captured) -> Predictions | str:
     A causal language model, or the decoder of an encoder-decoder, is known by what it does: its logits at a token stay
     the same when a later token changes.
     """
+    if captured.parts:
+        return "the model was captured in parts, which its predictions do not follow from"
     graph = captured.graph.graph
     by_node = dict(zip(graph.find_nodes(op="placeholder"), captured.inputs[0], strict=True))
     whole = [node for node, value in by_node.items() if _is_token_ids(value) and "mask" not in str(node.target)]
@@ -53,9 +55,8 @@ def _predictions_of(captured: Captured, tokens: Node, by_node: Values) -> Predic
         return f"its logits do not depend on {tokens.target}"
     # What a linear makes of each token's values cannot hide a later token from them.
     checked = logits.all_input_nodes[0] if logits.target is torch.ops.aten.linear.default else logits
-    changed, half = ids.clone(), ids.shape[1] // 2
-    # Half of them, as some may be padding; -100 says of a label that there is none.
-    changed[:, half:] = torch.where(ids[:, half:] > 0, ids[:, half:] - 1, torch.where(ids[:, half:] == 0, 1, -100))
+    half = ids.shape[1] // 2
+    changed = _with_other_tokens(ids, half)
     before, after = _values_of(captured, checked, [{**by_node, tokens: each} for each in (ids, changed)])
     if before.shape[:2] != ids.shape:
         return f"its output of shape {list(before.shape)} has no row for each of the tokens {list(ids.shape)}"
@@ -63,6 +64,24 @@ def _predictions_of(captured: Captured, tokens: Node, by_node: Values) -> Predic
     if not torch.allclose(before[:, :half], after[:, :half], rtol=0, atol=rounding):
         return "its logits at a token depend on later tokens, so it is no causal language model"
     return Predictions(tokens, logits)
+
+
+def _with_other_tokens(ids: Tensor, start: int) -> Tensor:
+    """Token ids [batch, tokens] with others from `start` on.
+
+    Runs of one token, padding or the places of an image, stay where there is anything else, and no token comes that is
+    not there.
+    """
+    alone = torch.ones_like(ids, dtype=torch.bool)
+    same = ids[:, 1:] == ids[:, :-1]
+    alone[:, 1:] &= ~same
+    alone[:, :-1] &= ~same
+    alone[:, :start] = False
+    changed = ids.clone()
+    changed[alone] = ids[alone].roll(1)
+    if torch.equal(changed, ids):
+        changed[:, start:] = torch.where(ids[:, start:] == 0, 1, (ids[:, start:] - 1).clamp(min=0))
+    return changed
 
 
 def _is_token_ids(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Running a captured graph node by node, or in blocks: for passes over it that look at values on the way."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -54,6 +54,11 @@ def call_node(weights: Weights, node: Node, values: Values) -> Any:
         return weights.read(str(argument.target)) if argument.op == "get_attr" else values[argument]
 
     return call(node, value)
+
+
+def weights_of(nodes: Iterable[Node]) -> set[str]:
+    """The names of all weights that nodes read."""
+    return {str(read.target) for node in nodes for read in node.all_input_nodes if read.op == "get_attr"}
 
 
 def ancestors(*nodes: Node) -> set[Node]:

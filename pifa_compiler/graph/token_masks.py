@@ -127,7 +127,7 @@ def _streams_by_node(
     for node in given:
         name = str(node.target)
         if node not in mask_nodes:
-            stream = next((p for p in prefixes if name == p or name.startswith(f"{p}_")), "")
+            stream = max((p for p in prefixes if name == p or name.startswith(f"{p}_")), key=len, default="")
             sources.setdefault("decoder" if name == "labels" else stream, []).append(node)
     reads: dict[Node, frozenset[str]] = {}
     for stream, nodes in sources.items():

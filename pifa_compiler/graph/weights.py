@@ -1,5 +1,6 @@
 """Where the weights of a captured graph come from."""
 
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -12,6 +13,10 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Any:
         """What a `get_attr` node of target `name` reads: a weight, which needs no gradient here, or a buffer."""
+        ...
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Says what will be read soon, so that it can be on its way meanwhile."""
         ...
 
     def give_back(self) -> None:
@@ -30,6 +35,9 @@ class WeightsInMemory:
         found = attrgetter(name)(self._gm)
         return found.detach() if isinstance(found, Tensor) else found
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Nothing: they are there."""
+
     def give_back(self) -> None:
         """Nothing: they belong to the model."""
 
@@ -44,6 +52,10 @@ class WeightsBesideConstants:
         """See `Weights`."""
         found = self._constants.read(name)
         return self._weights.read(name) if isinstance(found, Tensor) and found.is_meta else found
+
+    def expect(self, names: Iterable[str]) -> None:
+        """See `Weights`."""
+        self._weights.expect(names)
 
     def give_back(self) -> None:
         """See `Weights`."""

@@ -142,7 +142,7 @@ class Reconstruction:
         """Puts what the run found out of the ordinary, and what it held, into a report."""
         if self.no_gradients is not None:
             report.note(f"output errors are not weighted by gradients: {self.no_gradients}")
-        for note in (*self.notes, *self.captured.masks.notes()):
+        for note in (*self.captured.notes, *self.notes, *self.captured.masks.notes()):
             report.note(note)
         report.activation_bytes = self.peak_bytes
 

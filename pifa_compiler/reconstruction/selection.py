@@ -168,7 +168,7 @@ def find_linears(
         seen = name in reports or any(name == linear.name for linear in found.values())
         if is_plain_linear(module) and not seen:
             d_out, d_in = weight_of(module).shape
-            reason = "not reached when the model is called as the calibration batches call it"
+            reason = "not reached in what was captured of the model, called as the calibration batches call it"
             reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
     unknown = patterns | {p for p in ranks if not any(fnmatchcase(linear.name, p) for linear in found.values())}
     if unknown:

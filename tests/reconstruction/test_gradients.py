@@ -217,7 +217,8 @@ def test_an_encoder_decoder_predicts_after_its_decoders_tokens(tokens, count):
     for name in ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.q"):
         assert float(found.gradient_gram[f"{name}.weight"].diagonal().min()) > 0
     assert found.of_input("encoder.block.0.layer.1.DenseReluDense.wi.weight").tokens == 14
-    assert found.of_input("decoder.block.0.layer.2.DenseReluDense.wi.weight").tokens == (2 * count if tokens == "decoder_input_ids" else 2 * count - 2)
+    decoded = 2 * count if tokens == "decoder_input_ids" else 2 * count - 2
+    assert found.of_input("decoder.block.0.layer.2.DenseReluDense.wi.weight").tokens == decoded
 
 
 def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
