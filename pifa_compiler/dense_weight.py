@@ -2,7 +2,8 @@
 
 Most of that code only wants to know a dtype, a device or a shape, so the weight is put together no sooner than somebody
 reads its values. It is never stored, so that nothing can be written to it: a write is refused, and so is one through a
-view of it (`weight[0]`, `weight.T`, `weight.data`).
+view of it (`weight[0]`, `weight.T`, `weight.data`). Only to multiply or divide all of it by a number in place, as RWKV
+does before its first call, is to do so to the pivot rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,9 @@ _SHAPED = frozenset(
     }
 )
 """What makes another tensor after the shape, dtype and device alone."""
+
+_SCALES = frozenset({Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__})
+"""Writes that the factors can follow, if it is by a number: (s w_pivot, coeff) is s W."""
 
 _REFUSED = frozenset(
     {
@@ -105,6 +109,13 @@ class DenseWeight(Tensor):
                 self._seen = (put_together(*self._factors), versions)
         return self._seen[0]
 
+    def _scale(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Has the pivot rows multiplied or divided by a number, and with them all; False if it is something else."""
+        if self._factors is None or kwargs or len(args) != 1 or type(args[0]) not in (int, float):
+            return False
+        func(self._factors[0], args[0])
+        return True
+
     def _detached(self) -> "DenseWeight":
         if self._factors is None:
             return DenseWeight._of_view(self._values().detach())
@@ -133,6 +144,8 @@ class DenseWeight(Tensor):
                 with torch._C.DisableTorchFunctionSubclass():
                     like = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device)
                 return func(like, *args[1:], **kwargs)
+            if func in _SCALES and first._scale(func, args[1:], kwargs):
+                return first
             if func in _REFUSED:
                 raise WeightError(_READ_ONLY.format(call=_name(func)))
         return _read(func, args, kwargs)

@@ -100,6 +100,20 @@ def test_gradients_reach_both_factors():
     assert all(map(torch.equal, found, wanted))
 
 
+def test_it_can_be_scaled_by_a_number_in_place():
+    pifa, _ = layer()
+    before, held = pifa.weight.detach().clone(), pifa.w_pivot
+    with torch.no_grad():
+        assert pifa.weight.div_(4) is not None
+        pifa.weight.data.mul_(2)
+        weight = pifa.weight
+        weight *= 8
+    assert torch.equal(pifa.weight.detach(), 4 * before)  # powers of 2 are exact
+    assert pifa.w_pivot is held
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):  # as of an nn.Linear
+        pifa.weight.mul_(2)
+
+
 WRITES: dict[str, Callable[[PifaLinear], object]] = {
     "copy_": lambda layer: layer.weight.data.copy_(torch.zeros(24, 16)),
     "add_": lambda layer: layer.weight.detach().add_(1),
@@ -112,6 +126,9 @@ WRITES: dict[str, Callable[[PifaLinear], object]] = {
     "inplace=True": lambda layer: F.relu(layer.weight.data, inplace=True),
     "function": lambda layer: torch.relu_(layer.weight.data),
     "foreach": lambda layer: torch._foreach_add_([layer.weight.data], 1),
+    "mul_ by rows": lambda layer: layer.weight.data.mul_(torch.ones(24, 1)),
+    "div_ of a row": lambda layer: layer.weight.data[0].div_(2),
+    "div_, rounded": lambda layer: layer.weight.data.div_(2, rounding_mode="floor"),
     "row": lambda layer: layer.weight.data[0].zero_(),
     "transpose": lambda layer: layer.weight.T.detach().zero_(),
     "view of a view": lambda layer: layer.weight.data.view(-1)[3:5].add_(1),
