@@ -85,7 +85,7 @@ class Draft:
             if path.is_file() or path.is_dir():
                 sync(path)
         names = sorted(os.listdir(self.new), reverse=True)  # weights before the graph that names them
-        touched = sorted({*names, companion} - {""}, reverse=True) if replace else []
+        touched = sorted({*names, companion} - {""}) if replace else []
         replaced = [name for name in touched if self._is_there(name)]
         if len(names) > 1 or replaced not in ([], names) or (replaced and not self._exchange(names[0])):
             self._move_in_steps(names, replaced)
@@ -119,10 +119,10 @@ class Draft:
 
     def put_back(self) -> list[str]:
         """Undoes a `take_place` that was not completed; returns the names of what is in its old place again."""
-        if not self._moving.exists() or not any(self.new.iterdir()):
+        if not self._moving.exists():
             return []
         found = sorted(os.listdir(self.old), reverse=True)
-        for name in json.loads(self._moving.read_text(encoding="utf-8") or "[]"):
+        for name in reversed(json.loads(self._moving.read_text(encoding="utf-8") or "[]")):
             if self._is_there(name) and not os.path.lexists(self.new / name):
                 (self.parent / name).rename(self.new / name)
         for name in found:
@@ -171,7 +171,9 @@ def delete_abandoned(parent: Path) -> None:
 
     It warns of what is put back. Other users' drafts, and those on file systems without locks, stay.
     """
-    for folder in parent.glob(_NAME.format("*")):
+    for folder in parent.glob(_NAME.format("?" * 8)):
+        if folder.is_symlink():
+            continue
         try:
             lock = _locked(folder)
         except OSError:  # in use, gone, or another user's

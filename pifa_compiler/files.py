@@ -218,11 +218,11 @@ def resolve(path: str | os.PathLike[str], refusal: type[PifaError]) -> Path:
     """`path` whole and without links, so that what is renamed is the file or folder and not a link to it.
 
     Raises:
-        PifaError: `refusal`, for links in a circle, a name too long, or a home or current folder that is not there.
+        PifaError: `refusal`, for links in a circle, a NUL in it, or a home or current folder that is not there.
     """
     try:
         return expand_home(path, refusal).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError of links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # of a circle RuntimeError, of a NUL ValueError
         raise refusal(f"{path} is no valid place: {error}; choose another one") from error
 
 
