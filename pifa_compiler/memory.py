@@ -5,10 +5,14 @@ import math
 import os
 import re
 
+from torch import Tensor
+
 from .errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _LARGEST = 2**63  # what an address can tell apart
+_WILL_NEED = 3  # MADV_WILLNEED, the same number on Linux and macOS
+_READ_AHEAD = 128 << 10  # Linux reads no more at once than a disk's read_ahead_kb, mostly 128
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
@@ -49,4 +53,17 @@ def trim_heap() -> None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # no such function; no library by no name, as on Windows
+        return
+
+
+def read_ahead(mapped: Tensor) -> None:
+    """Asks the system to read a tensor that lies in a mapped file, and does not wait; a hint, not everywhere taken."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = mapped.data_ptr() // page * page
+    end = mapped.data_ptr() + mapped.numel() * mapped.element_size()
+    try:
+        madvise = ctypes.CDLL(None).madvise
+        for at in range(start, end, _READ_AHEAD):
+            madvise(ctypes.c_void_p(at), ctypes.c_size_t(min(end - at, _READ_AHEAD)), _WILL_NEED)
+    except (AttributeError, OSError, TypeError):  # as in `trim_heap`
         return

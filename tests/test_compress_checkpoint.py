@@ -8,7 +8,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pifa_compiler.compress_checkpoint import plan_checkpoint
 from pifa_compiler.errors import CheckpointError, ConfigError, OffloadError, PifaError
 from pifa_compiler.graph.capture import Captured
 from pifa_compiler.graph.weights import Weights, WeightsBesideConstants, WeightsInMemory
+from pifa_compiler.hf.stored_model import WeightsInFiles
 from pifa_compiler.reconstruction import value_store
 from pifa_compiler.reconstruction.value_store import Room
 
@@ -174,6 +176,27 @@ def test_values_between_steps_in_files_change_nothing(tmp_path, monkeypatch):
     assert set(written) == {tmp_path / "work" / "values"}
     assert content(tmp_path / "in-files") == content(tmp_path / "in-memory")
     assert sorted(os.listdir(tmp_path)) == ["dense", "in-files", "in-memory"]
+
+
+def test_the_weights_of_a_block_are_read_ahead_while_the_one_before_it_is_computed(tmp_path, monkeypatch):
+    source = stored(tiny_llama(num_hidden_layers=3), tmp_path / "dense", shards=True)
+    expected: Counter[str] = Counter()
+    sudden: set[str] = set()
+    read, expect = WeightsInFiles.read, WeightsInFiles.expect
+
+    def noted_read(self: WeightsInFiles, name: str) -> torch.Tensor:
+        sudden.update({name} - expected.keys())
+        return read(self, name)
+
+    def noted_expect(self: WeightsInFiles, names: Iterable[str]) -> None:
+        expected.update(names)
+        expect(self, names)
+
+    monkeypatch.setattr(WeightsInFiles, "read", noted_read)
+    monkeypatch.setattr(WeightsInFiles, "expect", noted_expect)
+    streamed(source, tmp_path / "out")
+    assert not any(".layers.2." in name for name in sudden)  # only those of the first of four blocks
+    assert expected["model.layers.1.mlp.gate_proj.weight"] >= 3  # forward, back, and in the sweep
 
 
 def test_the_output_is_in_shards_and_loads_by_every_door(tmp_path, monkeypatch):

@@ -1,7 +1,15 @@
+import ctypes
+import os
+import sys
+import time
+
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pifa_compiler.errors import ConfigError
-from pifa_compiler.memory import format_bytes, parse_bytes, resident_bytes
+from pifa_compiler.memory import format_bytes, parse_bytes, read_ahead, resident_bytes
 
 
 @pytest.mark.parametrize(
@@ -39,3 +47,29 @@ def test_sizes_are_written_and_rounded_up_where_asked(count, text, up):
 def test_a_process_holds_something():
     held = resident_bytes()
     assert held == 0 or held > 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore tells what is in the system's cache")
+def test_what_is_read_ahead_comes_into_the_cache(tmp_path):
+    size, page = 1 << 25, os.sysconf("SC_PAGE_SIZE")
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.zeros(size // 4)}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with safe_open(path, "pt") as tensors:
+        weight = tensors.get_tensor("weight")
+
+        def resident() -> int:
+            start = weight.data_ptr() // page * page
+            pages = (ctypes.c_ubyte * (size // page))()
+            assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages) == 0
+            return sum(each & 1 for each in pages)
+
+        if resident() == size // page:
+            pytest.skip("the system has read all of it by itself")
+        read_ahead(weight)
+        deadline = time.monotonic() + 30
+        while resident() < size // page:
+            assert time.monotonic() < deadline, "nothing came"
+            time.sleep(0.01)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Captured
-from .run import Values, ancestors, run_block
+from .run import Values, ancestors, one_by_one, run_block
 
 _TOKENS = ("decoder_input_ids", "input_ids", "labels")
 """Inputs that predictions may be made after. An encoder-decoder without the first makes it of the last."""
@@ -92,7 +92,6 @@ def _is_token_ids(value: Any) -> bool:
 @torch.no_grad()
 def _values_of(captured: Captured, node: Node, calls: list[Values]) -> list[Tensor]:
     """What `node` computes from each of several inputs of the graph."""
-    for block in captured.blocks(node):
+    for block in one_by_one(captured.weights, captured.blocks(node)):
         calls = [run_block(captured.weights, block, values) for values in calls]
-        captured.weights.give_back()
     return [values[node] for values in calls]

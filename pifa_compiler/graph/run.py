@@ -1,6 +1,6 @@
 """Running a captured graph node by node, or in blocks: for passes over it that look at values on the way."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -114,6 +114,15 @@ def cut_into_blocks(gm: GraphModule, last: Node, count: int) -> list[Block]:
         outputs = tuple(node for node, at in final.items() if at >= end and position.get(node, -1) < end)
         blocks.append(Block(tuple(nodes[start:end]), (*outputs, *((last,) if end == len(nodes) else ())), unread))
     return blocks
+
+
+def one_by_one(weights: Weights, blocks: Sequence[Block]) -> Iterator[Block]:
+    """Blocks in turn: weights of the next are on their way while one is computed, which gives its own back then."""
+    for index, block in enumerate(blocks):
+        if index + 1 < len(blocks):
+            weights.expect(weights_of(blocks[index + 1].nodes))
+        yield block
+        weights.give_back()
 
 
 def run_block(

@@ -1,6 +1,6 @@
 """A Hugging Face model whose weights stay in their files: its modules are on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.format import CONFIG, check_layers, few_modules, loading_errors, open_tensors, weight_files
 from ..errors import CheckpointError, ConfigError
-from ..memory import trim_heap
+from ..memory import read_ahead, trim_heap
 from .loading import DTYPES, explain_failure, find_folder, model_class, quietly, read_config
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ class WeightsInFiles:
             found = _tensor(self._open[path], stored, path)
             self._read[name] = found.to(self._device, self._dtypes.get(name, found.dtype))
         return self._read[name]
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Has the disk bring tensors into the system's cache; they take no memory of the process."""
+        for path, stored in {self.files[name] for name in names if name in self.files and name not in self._read}:
+            with open_tensors(path) as tensors:
+                read_ahead(_tensor(tensors, stored, path))
 
     def give_back(self) -> None:
         """Lets go of all tensors that were read, and of the files that they lie in."""

@@ -22,7 +22,7 @@ where ranks are worth most, for which three digits are plenty. The sums of a bat
 float64, which leaves no trace of their order: several processes find what one does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ from ..errors import CalibrationError, DerivativeError
 from ..graph.capture import Captured
 from ..graph.linears import weight_name
 from ..graph.predictions import Predictions
-from ..graph.run import Block, Values, run_block
+from ..graph.run import Block, Values, one_by_one, run_block
 from ..processes import Processes
 from .statistics import DenseSums
 from .sweep import Progress, gram_matrix, tokens_as_rows
@@ -224,14 +224,17 @@ class _Walk:
             return
         for batch in self.own:
             self.values.put(batch, dict(zip(self.placeholders, self.captured.inputs[batch], strict=True)))
-        for index, block in enumerate(self.blocks[: behind - 1]):
+        weights = self.captured.weights
+        for index, block in enumerate(one_by_one(weights, self.blocks[: behind - 1])):
             self._forward(block)
             tell(index + 1)
         if done is not None:
             for batch, gradients in zip(self.own, done.gradients, strict=True):
                 self.gradients.put(batch, {node: gradient.to(self.device) for node, gradient in gradients.items()})
-        for index in reversed(range(behind)):
-            self._backward(index)
+        index = behind
+        for block in one_by_one(weights, self.blocks[:behind][::-1]):
+            index -= 1
+            self._backward(block, index)
             tell(steps - index)
             if save is not None:
                 crossing = [self.gradients.get(batch) for batch in self.own]
@@ -241,20 +244,16 @@ class _Walk:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def _batches(self) -> Iterator[int]:
-        yield from self.own
-        self.captured.weights.give_back()
-
     @torch.no_grad()
     def _forward(self, block: Block) -> None:
-        for batch in self._batches():
+        for batch in self.own:
             with self._autocast():
                 self.values.add(batch, run_block(self.captured.weights, block, self._crossing(block, batch)))
 
-    def _backward(self, index: int) -> None:
-        block, sums = self.blocks[index], _Sums()
+    def _backward(self, block: Block, index: int) -> None:
+        sums = _Sums()
         before = self.blocks[index - 1].nodes if index else self.placeholders
-        for batch in self._batches():
+        for batch in self.own:
             with self._autocast():
                 record = self._record(block, batch, sums)
                 if index == len(self.blocks) - 1:
@@ -267,6 +266,7 @@ class _Walk:
                 self.gradients.put(batch, {})  # what this block adds to has another value now
                 self.gradients.put(batch, gradients)
             self.values.drop(batch, set(before))  # going back through the block before makes them anew
+        self.captured.weights.give_back()  # what is done with sums takes room
         sums.add_those_of_others(self.processes)
         self.keep({node: _complete(node, sums) for node in block.nodes if node in self.linears})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.capture import Captured
-from ..graph.run import Block
+from ..graph.run import Block, weights_of
 from ..memory import format_bytes, resident_bytes
 from .config import CompressConfig
 from .methods import METHODS
@@ -142,8 +142,8 @@ def fit_blocks(
 def _block_bytes(
     block: Block, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear], *, gradients: bool
 ) -> int:
-    read = {str(node.target) for each in block.nodes for node in each.all_input_nodes if node.op == "get_attr"}
-    weights = sum(sizes[name].numel() * sizes[name].element_size() for name in read if name in sizes)
+    read = weights_of(block.nodes) & sizes.keys()
+    weights = sum(sizes[name].numel() * sizes[name].element_size() for name in read)
     made = sum(map(_bytes, block.nodes)) * (2 if gradients else 1)
     own = [node for node in block.nodes if node in found]
     widths = {node.all_input_nodes[0]: found[node].shape[1] for node in own}

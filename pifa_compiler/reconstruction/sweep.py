@@ -22,8 +22,8 @@ from torch.fx import GraphModule, Node
 from ..errors import CalibrationError
 from ..factors import PifaFactors
 from ..graph.capture import Captured
-from ..graph.linears import weight_name
-from ..graph.run import Values, ancestors, call
+from ..graph.linears import linears_by_weight, weight_name
+from ..graph.run import Values, ancestors, call, weights_of
 from ..kernels import linear
 from ..processes import Processes
 from .statistics import Statistics
@@ -137,7 +137,7 @@ class Sweep:
 
     Args:
         captured: the graph and the batches.
-        linears: the linears to replace, `aten.linear.default` nodes.
+        linears: the linears to replace, `aten.linear.default` nodes; with one, all that read its weight are.
         flows: which flows are followed, "both", "dense" or "compressed"; with one, all statistics are that one's.
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
         drift: whether outputs are summed together with what differs between both flows in the values that they are
@@ -161,6 +161,8 @@ class Sweep:
         self._processes = Processes() if processes is None else processes
         self._weights = captured.weights
         self.segments = plan(captured.graph.graph, linears, drift=drift)
+        by_weight = linears_by_weight(captured.graph)
+        self._uses = {node: by_weight[weight_name(node)] for node in linears}  # a new weight is one for all of them
         self._replaced: dict[Node, Replacement] = {}  # of linears that are still to be computed
         self._masks = captured.masks
         self._constant: Values = {}
@@ -170,7 +172,9 @@ class Sweep:
         for batch in self._batches:
             self._keep(batch, Flows(dict(zip(placeholders, captured.inputs[batch], strict=True))))
         self._varies = _downstream(captured.graph, placeholders)
-        self._diverges = _downstream(captured.graph, linears) if flows == "both" else set()
+        self._diverges = set()
+        if flows == "both":
+            self._diverges = _downstream(captured.graph, (use for uses in self._uses.values() for use in uses))
         self._only_compressed = flows == "compressed"
         self._freed_after = _last_uses(self.segments)
 
@@ -201,6 +205,8 @@ class Sweep:
         for index, segment in enumerate(self.segments):
             label = weight_name(segment.group.members[0])
             found = known(segment.group)
+            for following in self.segments[index + 1 : index + 2]:
+                self._weights.expect(weights_of((*following.nodes, *following.group.members)))
             sums = self._compute(segment, summed=found is None)
             for node in segment.nodes:
                 self._replaced.pop(node, None)
@@ -210,7 +216,7 @@ class Sweep:
                     self._constant.pop(node, None)
             if found is None:
                 found = solve(segment.group, sums.finish(label, self._processes))
-            self._replaced.update(found)
+            self._replaced.update({use: new for node, new in found.items() for use in self._uses[node]})
             self._weights.give_back()
             if progress is not None:
                 progress(index + 1, len(self.segments), label)
