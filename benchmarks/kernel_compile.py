@@ -17,6 +17,7 @@ from pathlib import Path
 import triton
 from pifa_compiler.kernels.linear_triton_decode import decode_kernel
 from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
+from pifa_compiler.kernels.linear_triton_siblings import siblings_kernel
 from pifa_compiler.kernels.linear_triton_tiles import (
     Tile,
     decode_tiles,
@@ -29,6 +30,8 @@ from triton.compiler import ASTSource
 
 D_IN, RANK, OUT = 4096, 2048, 4096
 """Compiled for d = 4096 at half rank: the widths that matter are multiples of 16, as ranks are by default."""
+
+KERNELS = ("prefill", "decode1", "decode16", "siblings_prefill", "siblings_decode1", "siblings_decode16")
 
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -71,7 +74,8 @@ class Case:
     """One compilation.
 
     Attributes:
-        kernel: "prefill", "decode1" (one token) or "decode16" (2 to 16).
+        kernel: one of `KERNELS`: "decode1" is for one token, "decode16" for 2 to 16; those of siblings are compiled for
+            one weight of the whole size and two of a quarter of it.
         product: "pivots" (x w_pivot^T) or "rest" (y_p coeff^T).
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
@@ -120,30 +124,34 @@ class Figures:
 
 def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The list that autotuning tries."""
-    if kernel == "prefill":
+    if kernel.endswith("prefill"):
         return prefill_tiles(ITEMSIZE[dtype], hip)
-    return decode_tiles(ITEMSIZE[dtype], int(kernel.removeprefix("decode")), hip)
+    return decode_tiles(ITEMSIZE[dtype], _block_m(kernel), hip)
+
+
+def _block_m(kernel: str) -> int:
+    return int(kernel.rpartition("decode")[2])
 
 
 def fixed_tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The tiles taken without autotuning, over all numbers of tokens and rows."""
     size = ITEMSIZE[dtype]
-    if kernel == "prefill":
+    if kernel.endswith("prefill"):
         found = [fixed_prefill_tile(bucket, size, hip) for bucket in (128, 1024, 2**31)]
     else:
-        found = [fixed_decode_tile(rows, size, int(kernel.removeprefix("decode")), hip) for rows in (1, 2**31)]
+        found = [fixed_decode_tile(rows, size, _block_m(kernel), hip) for rows in (1, 2**31)]
     return tuple(dict.fromkeys(found))
 
 
 def cases(*, fixed_only: bool = False) -> Iterator[Case]:
     """All compilations; with `fixed_only` those of the tiles taken without autotuning, in bf16."""
     for chip, limits in CHIPS.items():
-        for kernel in ("prefill", "decode1", "decode16"):
+        for kernel in KERNELS:
             for dtype in ("bf16",) if fixed_only else ITEMSIZE:
                 tiles = (fixed_tiles_of if fixed_only else tiles_of)(kernel, dtype, limits.hip)
-                two_ways = dtype == "fp32" and kernel != "decode1" and not limits.hip
+                two_ways = dtype == "fp32" and not kernel.endswith("decode1") and not limits.hip
                 precisions = ("ieee", "tf32") if two_ways else ("ieee",)
-                epilogues = (False,) if kernel == "prefill" else (True, False)
+                epilogues = (True, False) if kernel.startswith("decode") else (False,)
                 for tile, precision, product, ordered in itertools.product(
                     tiles, precisions, ("pivots", "rest"), epilogues
                 ):
@@ -182,6 +190,18 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         pointers = {"a": x if first else None, "w": x, "y": x}
         strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
         return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
+    if case.kernel.startswith("siblings"):
+        one_token, few = case.kernel.endswith("decode1"), not case.kernel.endswith("prefill")
+        middle = "*fp32" if few else x
+        pointers = {"a": x if first else middle, "w0": x, "w1": x, "w2": x, "y": middle if first else x}
+        strides = {"M": 1 if one_token else "i32", "stride_a": "i32", "stride_y": "i32"}
+        sizes = {
+            f"{axis}{i}": size // (1 if i == 0 else 4 if axis == "N" or not first else 1)
+            for axis, size in (("N", rows), ("K", terms))
+            for i in range(3)
+        }
+        places = {"A": 0, "Y": 0, "SHARED": first}
+        return siblings_kernel, {**pointers, **strides, **sizes, **places, "GROUP": GROUP_M, **common}
     index, bias = ("*i32", x) if case.ordered else (None, None)
     pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
     pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
@@ -240,7 +260,8 @@ def faults(case: Case, figures: Figures) -> list[str]:
     found = []
     if figures.spills:
         found.append(f"{figures.spills} bytes a thread in local memory")
-    if case.kernel != "decode1" and (case.dtype != "fp32" or case.precision == "tf32") and not figures.tensor_core:
+    in_tensor_cores = case.dtype != "fp32" or case.precision == "tf32"
+    if in_tensor_cores and not case.kernel.endswith("decode1") and not figures.tensor_core:
         found.append("no tensor-core instruction")
     if not figures.wide:
         found.append("no global load is 16 bytes wide")

@@ -59,7 +59,7 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
     bias = None if bias is None else bias.contiguous()
     order = None if order is None else order.contiguous()
     run = decode if tokens <= MAX_TOKENS else prefill
-    y = run(rows, w_pivot.contiguous(), coeff.contiguous(), order, bias, precision=_precision(), tune=_tunes())
+    y = run(rows, w_pivot.contiguous(), coeff.contiguous(), order, bias, precision=precision_of_float32(), tune=tunes())
     return y.view(*x.shape[:-1], out)
 
 
@@ -77,11 +77,13 @@ def _check(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
         raise ValueError(f"linear_triton takes an order of int64, got {order.dtype}")
 
 
-def _precision() -> str:
+def precision_of_float32() -> str:
+    """Of products of float32: "tf32" where torch is told so, on NVIDIA's chips; otherwise "ieee"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None else "ieee"
 
 
-def _tunes() -> bool:
+def tunes() -> bool:
+    """Whether tiles are timed: under `max_autotune`, not in the interpreter."""
     from torch._inductor import config
 
     return bool(config.max_autotune) and not knobs.runtime.interpret

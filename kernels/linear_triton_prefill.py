@@ -23,6 +23,54 @@ GROUP_M = 8
 
 
 @triton.jit
+def store_tile(
+    pid,
+    a,
+    w,
+    y,
+    M,
+    stride_a,
+    stride_y,
+    N,
+    K,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile number `pid` of y[m, n] = sum_k a[m, k] w[n, k], for a [M, K], w [N, K], y [M, ...].
+
+    WHOLE says that K is a multiple of BLOCK_K.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = pid % (GROUP * tiles_n)
+    # A tile's first row and column are int64: tokens * out may exceed 2**31. Offsets within a tile are not.
+    row = (group * GROUP + within % height).to(tl.int64) * BLOCK_M
+    col = (within // height).to(tl.int64) * BLOCK_N
+
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_m, in_n = m < M - row, n < N - col
+    a_tile = a + row * stride_a + (m[:, None] * stride_a + k[None, :])
+    w_tile = w + col * K + (n[:, None] * K + k[None, :])
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        a_mask, w_mask = in_m[:, None], in_n[:, None]
+        if not WHOLE:
+            in_k = (k < K - k0)[None, :]
+            a_mask, w_mask = a_mask & in_k, w_mask & in_k
+        a_block = tl.load(a_tile + k0, mask=a_mask, other=0.0)
+        w_block = tl.load(w_tile + k0, mask=w_mask, other=0.0)
+        total = tl.dot(a_block, w_block.T, total, input_precision=PRECISION)
+
+    place = y + row * stride_y + (m[:, None] * stride_y + (col.to(tl.int32) + n)[None, :])
+    tl.store(place, total.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
 def prefill_kernel(
     a,
     w,
@@ -41,34 +89,11 @@ def prefill_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y[m, FIRST + n] = sum_k a[m, k] w[n, k], for a [M, K] (y itself if None), w [N, K], y [M, ...]."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    within = pid % (GROUP * tiles_n)
-    # A tile's first row and column are int64: tokens * out may exceed 2**31. Offsets within a tile are not.
-    row = (group * GROUP + within % height).to(tl.int64) * BLOCK_M
-    col = (within // height).to(tl.int64) * BLOCK_N
-
-    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    in_m, in_n = m < M - row, n < N - col
-    if a is None:
-        a_tile = y + row * stride_y + (m[:, None] * stride_y + k[None, :])
-    else:
-        a_tile = a + row * stride_a + (m[:, None] * stride_a + k[None, :])
-    w_tile = w + col * K + (n[:, None] * K + k[None, :])
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        a_mask, w_mask = in_m[:, None], in_n[:, None]
-        if K % BLOCK_K:
-            in_k = (k < K - k0)[None, :]
-            a_mask, w_mask = a_mask & in_k, w_mask & in_k
-        a_block = tl.load(a_tile + k0, mask=a_mask, other=0.0)
-        w_block = tl.load(w_tile + k0, mask=w_mask, other=0.0)
-        total = tl.dot(a_block, w_block.T, total, input_precision=PRECISION)
-
-    place = y + row * stride_y + (m[:, None] * stride_y + (FIRST + col.to(tl.int32) + n)[None, :])
-    tl.store(place, total.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    left = y if a is None else a
+    store_tile(
+        tl.program_id(0), left, w, y + FIRST, M, stride_a, stride_y, N, K, K % BLOCK_K == 0, PRECISION, GROUP,
+        BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
 
 @cache

@@ -1,36 +1,62 @@
-"""MergeSiblings: linears in PIFA form on the same input (query, key and value; gate and up) become one call.
+"""MergeSiblings: linears in PIFA form on the same input (query, key and value; gate and up) share their products.
 
     pifa::linear_cpu(x, w1, c1, o1), pifa::linear_cpu(x, w2, c2, o2)
         ->  y = pifa::linear_siblings_cpu(x, [w1, w2], [c1, c2], [o1, o2]); y[0], y[1]
 
-It works on what `Lower` leaves on CPUs. For one or a few tokens the call itself is a good part of a small layer's time,
-and all threads stream the pivot rows together, then the coefficients. For many tokens the native code runs one first
-GEMM over the joint pivot rows where these are few. Whether it pays on GPUs has not been measured.
+    pifa::linear_gemm(x, w1, c1), pifa::linear_gemm(x, w2, c2)
+        ->  z, n = pifa::linear_siblings_gemm(x, [w1, w2], [c1, c2]); cat(z_1, n_1), cat(z_2, n_2)
+
+    pifa::linear_triton(x, w1, c1, o1, b1), pifa::linear_triton(x, w2, c2, o2, b2)
+        ->  z, n = pifa::linear_siblings_triton(x, [w1, w2], [c1, c2]); cat(z_1, n_1)[o1] + b1, ...
+
+It works on what `Lower` leaves. On CPUs, for one or a few tokens, the call itself is a good part of a small layer's
+time, and all threads stream the pivot rows together, then the coefficients. On GPUs two launches take the place of two
+for every sibling, and fill the chip; Inductor fuses what is behind them. For GEMMs the pivot rows are moved in memory,
+one behind the other, and so are the coefficients: the model's own tensors, so that nothing is held twice.
 """
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..kernels import linear_cpu as _defines_the_operator  # noqa: F401
+from ..kernels import linear_cpu as _defines_cpu  # noqa: F401
+from ..kernels import linear_siblings_gemm as _defines_gemm  # noqa: F401
+from ..kernels.side_by_side import lay_side_by_side, may_be_laid
 from .effects import writes_between
 from .rewrite import Rewrite, Skip
+from .weights import tensor_at, value_of
 
-pifa = torch.ops.pifa
+aten, pifa = torch.ops.aten, torch.ops.pifa
+
+_TRITON = "pifa.linear_triton.default"
+"""By name: its operator is there once a graph has it."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    siblings: list[Node]  # in the order of the graph
+    w_pivots: list[Tensor]
+    coeffs: list[Tensor]
 
 
 class MergeSiblings(Rewrite):
-    """Several pifa::linear_cpu on one x -> one pifa::linear_siblings_cpu."""
+    """Several linears of one device form on one x -> one operator for all of them."""
 
-    targets = (pifa.linear_cpu.default,)
+    targets = (pifa.linear_cpu.default, pifa.linear_gemm.default)
     is_about_speed_only = True
 
-    def match(self, gm: GraphModule, node: Node) -> list[Node] | Skip | None:
+    def candidates(self, gm: GraphModule) -> list[Node]:
+        """Calls of the forms that have an operator for siblings."""
+        return [node for node in gm.graph.nodes if node.op == "call_function" and self._is_one(node)]
+
+    def match(self, gm: GraphModule, node: Node) -> _Found | Skip | None:
         """The linears to merge with `node`, itself first; None if it has none behind it."""
         x = node.all_input_nodes[0]
-        siblings = sorted(user for user in x.users if user.target in self.targets and user.args[0] is x)
+        siblings = sorted(user for user in x.users if user.target == node.target and user.args[0] is x)
         if len(siblings) < 2 or siblings[0] is not node:
             return None
         operands = {operand for sibling in siblings for operand in sibling.all_input_nodes[1:]}
@@ -38,19 +64,42 @@ class MergeSiblings(Rewrite):
             return Skip("siblings stay apart: a weight is computed in the graph")
         if writes_between(node, siblings[-1]):
             return Skip("siblings stay apart: the graph may write in place between them")
-        return siblings
+        look = tensor_at if node.target == pifa.linear_gemm.default else value_of
+        weights = [[look(gm, sibling.args[place]) for sibling in siblings] for place in (1, 2)]
+        w_pivots, coeffs = ([t for t in column if t is not None] for column in weights)
+        if node.target != pifa.linear_cpu.default and len(w_pivots) + len(coeffs) < 2 * len(siblings):
+            return Skip("siblings stay apart: their weights are not known")
+        if node.target == pifa.linear_gemm.default and not (may_be_laid(w_pivots) and may_be_laid(coeffs)):
+            return Skip("siblings stay apart: their weights cannot be moved, others use the same memory")
+        return _Found(siblings, w_pivots, coeffs)
 
-    def rewrite(self, gm: GraphModule, node: Node, found: list[Node]) -> Node:
+    def rewrite(self, gm: GraphModule, node: Node, found: _Found) -> Node:
         """Calls the joint operator at the first sibling's place and takes its results apart."""
-        operands = [[self._at_hand(gm, arg) for arg in sibling.args[1:]] for sibling in found]
-        w_pivots, coeffs, orders = (list(column) for column in zip(*operands, strict=True))
-        joint = gm.graph.call_function(pifa.linear_siblings_cpu.default, (node.args[0], w_pivots, coeffs, orders))
-        results = [gm.graph.call_function(operator.getitem, (joint, index)) for index in range(len(found))]
-        for sibling, result in zip(found[1:], results[1:], strict=True):
+        operands = [[self._at_hand(gm, arg) for arg in sibling.args[1:]] for sibling in found.siblings]
+        w_pivots, coeffs, *others = (list(column) for column in zip(*operands, strict=True))
+        x = node.args[0]
+        if node.target == pifa.linear_cpu.default:
+            joint = gm.graph.call_function(pifa.linear_siblings_cpu.default, (x, w_pivots, coeffs, *others))
+            results = [gm.graph.call_function(operator.getitem, (joint, i)) for i in range(len(found.siblings))]
+        else:
+            if node.target == pifa.linear_gemm.default:
+                lay_side_by_side(found.w_pivots)
+                lay_side_by_side(found.coeffs)
+                joint = gm.graph.call_function(pifa.linear_siblings_gemm.default, (x, w_pivots, coeffs))
+            else:
+                from ..kernels import linear_triton_siblings as _defines_triton  # noqa: F401  imports triton
+
+                joint = gm.graph.call_function(pifa.linear_siblings_triton.default, (x, w_pivots, coeffs))
+            results = _taken_apart(gm, joint, found, *others)
+            results[0]._rename(str(joint.target).split(".")[1])  # records name what stands there by its form
+        for sibling, result in zip(found.siblings[1:], results[1:], strict=True):
             result.meta = dict(sibling.meta)
             sibling.replace_all_uses_with(result)
             gm.graph.erase_node(sibling)
         return results[0]
+
+    def _is_one(self, node: Node) -> bool:
+        return node.target in self.targets or str(node.target) == _TRITON
 
     def _at_hand(self, gm: GraphModule, arg: Any) -> Any:
         """The operand where the first sibling stands: attributes are read again there, inputs precede every call."""
@@ -59,3 +108,26 @@ class MergeSiblings(Rewrite):
         again = gm.graph.get_attr(str(arg.target))
         again.meta = dict(arg.meta)
         return again
+
+
+def _taken_apart(
+    gm: GraphModule, joint: Node, found: _Found, orders: list[Node | None] | None = None, biases: Any = None
+) -> list[Node]:
+    """What each sibling gives, from all y_p side by side and all y_n side by side."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return gm.graph.call_function(target, args)
+
+    z, rest = (call(operator.getitem, joint, part) for part in (0, 1))
+    results, from_z, from_rest = [], 0, 0
+    for i, (w_pivot, coeff) in enumerate(zip(found.w_pivots, found.coeffs, strict=True)):
+        end_z, end_rest = from_z + w_pivot.shape[0], from_rest + coeff.shape[0]
+        parts = [call(aten.slice.Tensor, z, -1, from_z, end_z), call(aten.slice.Tensor, rest, -1, from_rest, end_rest)]
+        y = call(aten.cat.default, parts, -1)
+        if orders is not None and orders[i] is not None:
+            y = call(aten.index_select.default, y, -1, orders[i])
+        if biases is not None and biases[i] is not None:
+            y = call(aten.add.Tensor, y, biases[i])
+        results.append(y)
+        from_z, from_rest = end_z, end_rest
+    return results

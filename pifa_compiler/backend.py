@@ -300,24 +300,23 @@ class _Compiled:
         )
         if not rewritten:
             return _Variant(bindings, self._dense(args, example_inputs))
-        return _Variant(bindings, self._compile(gm, example_inputs))
+        return _Variant(bindings, self._compile(gm, args, example_inputs))
 
     def _dense(self, args: Sequence[Any], example_inputs: Sequence[Any] | None = None) -> Callable[..., Any]:
         """The graph with no weight rewritten; one serves all weights."""
         if self._shared is None:
-            self._shared = self._compile(self._unrewritten(), example_inputs or self._example_inputs(args))
+            self._shared = self._compile(self._unrewritten(), args, example_inputs or self._example_inputs(args))
         return self._shared
 
     def _unrewritten(self) -> GraphModule:
         """The graph as it came: nothing is spelled differently for no gain."""
         return _copy_module(self._captured)
 
-    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, gm: GraphModule, args: Sequence[Any], example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.source import SyntheticLocalSource
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        unbind_inputs(gm)
         sources = getattr(gm, "_param_name_to_source", None)
         if sources is not None:
             for name in {**dict(gm.named_parameters()), **dict(gm.named_buffers())}:
@@ -325,7 +324,9 @@ class _Compiled:
         gradients = _may_need_gradients(gm, example_inputs)
         with config.patch(dict(self._settings.inductor)):  # `Lower` reads max_autotune, as Inductor will
             rules = [Lower(gradients=gradients) if rule is Lower else rule() for rule in FOR_DEVICE]
+            bind_inputs(gm, args)
             self._record(run_passes(gm, rules))
+        unbind_inputs(gm)
         fake_mode = detect_fake_mode(example_inputs)
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None

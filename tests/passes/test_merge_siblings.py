@@ -1,17 +1,29 @@
+import os
+
 import pytest
 import torch
-from graphs import Capture, call, op_counts
+from graphs import CAPTURES, Capture, call, op_counts
 from pifa_compiler.kernels import linear_cpu
+from pifa_compiler.kernels.side_by_side import as_one
 from pifa_compiler.passes import Lower, MergeSiblings, Skip, run_passes
+from pifa_compiler.passes.lower import FORMS
+from tiny_models import tiny_llama
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.testing import assert_close
 
+from pifa_compiler.bench.layer import random_factors
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear
+from pifa_compiler.modules import replace_linear
 
 pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear_cpu.load()))
 
 pifa = torch.ops.pifa
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+ON_GPUS = {"cpu": FORMS["cuda"]}
+"""The forms of GPUs, taken where there is none."""
 
 
 def layer(d_out: int, rank: int) -> PifaLinear:
@@ -88,3 +100,112 @@ def test_a_compiled_model_calls_siblings_together(dynamic: bool):
     merged = [record for record in report if record.rule == "MergeSiblings"]
     assert merged
     assert not any(isinstance(record.outcome, Skip) for record in merged)
+
+
+class Projections(nn.Module):
+    """Query, key and value of grouped queries, on one input, and the layer behind."""
+
+    def __init__(self, *, equal: bool = False, order: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        shapes = [(24, 8)] * 3 if equal else [(24, 8), (16, 4), (16, 4)]
+        self.q, self.k, self.v = (layer(*shape) for shape in shapes)
+        self.o = PifaLinear.from_factors(factorize(torch.randn(16, 24), rank=8), None, requires_grad=False)
+        for each in (self.q, self.k, self.v):
+            each.order, each.bias = each.order if order else None, each.bias if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(q * torch.cat((k, v), -1)[..., :24])
+
+
+def weights_of(model: Projections) -> list[list[Tensor]]:
+    layers = (model.q, model.k, model.v)
+    return [[each.w_pivot for each in layers], [each.coeff for each in layers]]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("order", [True, False], ids=["order", "no-order"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "grouped-query"])
+def test_products_on_gpus_become_joint_ones(equal: bool, order: bool, bias: bool, capture: Capture):
+    model, x = Projections(equal=equal, order=order, bias=bias), torch.randn(3, 16)
+    wanted = model(x)
+    gm = capture(model, (x,))
+    lower, merge = Lower(forms=ON_GPUS), MergeSiblings()
+    *_, record = run_passes(gm, [lower, merge])
+    assert record.outcome == "linear_siblings_gemm"
+    counts = op_counts(gm)
+    assert counts[pifa.linear_siblings_gemm.default] == counts[pifa.linear_gemm.default] == 1
+    assert all(as_one(weights) is not None for weights in weights_of(model))
+    assert_close(call(gm, x), wanted, rtol=1e-4, atol=1e-4)  # values of up to 30, three products deep
+    assert_close(model(x), wanted, rtol=0, atol=0)  # the weights moved, and are the same
+    assert run_passes(gm, [MergeSiblings()]) == []  # a second run finds nothing
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("order", [True, False], ids=["order", "no-order"])
+@pytest.mark.parametrize("by", ["export", "dynamo"])  # symbolic_trace knows no shapes, so not that it is one token
+def test_decoding_on_gpus_takes_the_kernel_for_siblings(by: str, order: bool, bias: bool):
+    model, x = Projections(order=order, bias=bias), torch.randn(1, 16)
+    gm = CAPTURES[by](model, (x,))
+    *_, record = run_passes(gm, [Lower(forms=ON_GPUS), MergeSiblings()])
+    assert record.outcome == "linear_siblings_triton"
+    assert op_counts(gm)[pifa.linear_triton.default] == 1  # o alone
+    assert all(as_one(weights) is None for weights in weights_of(model))  # weights may lie anywhere
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_gemms_stay_apart_where_weights_cannot_be_moved():
+    model, x = Projections(), torch.randn(3, 16)
+    gm = torch.fx.symbolic_trace(model)
+    other_name = model.k.w_pivot.detach()
+    *_, record = run_passes(gm, [Lower(forms=ON_GPUS), MergeSiblings()])
+    assert record.outcome == Skip("siblings stay apart: their weights cannot be moved, others use the same memory")
+    assert other_name.data_ptr() == model.k.w_pivot.data_ptr()
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def pifa_llama(heads_of_keys: int) -> nn.Module:
+    model = tiny_llama(num_key_value_heads=heads_of_keys, num_hidden_layers=1, tie_word_embeddings=False)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            d_out, d_in = module.weight.shape
+            replace_linear(model, name, random_factors(d_out, d_in, 8 if d_in == 32 else 16, torch.float32))
+    return model.requires_grad_(False)
+
+
+def calls_of(function, *args, **options) -> dict[str, int]:
+    with profile() as found:
+        function(*args, **options)
+    return {event.key: event.count for event in found.key_averages()}
+
+
+@interpreted
+@pytest.mark.parametrize("heads_of_keys", [4, 2], ids=["llama", "grouped-query"])
+def test_a_block_of_llama_is_eight_launches_and_no_weight_is_held_twice(
+    heads_of_keys: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(FORMS, "cpu", FORMS["cuda"])
+    model = pifa_llama(heads_of_keys)
+    held = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
+    compiled = torch.compile(model, backend="pifa", dynamic=False)
+    for tokens in (1, 40):
+        ids = torch.arange(tokens)[None]
+        wanted = model(ids, use_cache=False).logits
+        assert_close(compiled(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-5)
+        calls = calls_of(compiled, ids, use_cache=False)
+        if tokens == 1:  # two launches each: query, key, value; o; gate, up; down
+            assert calls["pifa::linear_siblings_triton"] == calls["pifa::linear_triton"] == 2
+            assert calls["aten::mm"] == 1  # the head
+        else:
+            gemms = calls["aten::mm"] - 1 + calls["aten::bmm"]
+            # Grouped queries: the coefficients of q, k and v are a launch of a kernel of ours, which ATen does not see.
+            assert gemms + (heads_of_keys == 2) == 8
+    assert sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())) == held
+    stacked = model.model.layers[0].self_attn
+    assert as_one([stacked.q_proj.w_pivot, stacked.k_proj.w_pivot, stacked.v_proj.w_pivot]) is not None
+    stacked.k_proj.w_pivot.mul_(2)  # what the model holds is what compiled code reads
+    assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    model.model.layers[0].mlp.up_proj.coeff.data = -model.model.layers[0].mlp.up_proj.coeff  # exchanged: apart now
+    assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,138 @@
+"""Values by Triton's interpreter (`make test` sets TRITON_INTERPRET=1), tracing in a process without it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pifa_compiler.kernels import linear, linear_ref
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the package triton")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+DTYPES = [torch.float32, torch.float16]  # the interpreter's tl.dot is wrong for bfloat16
+TOKENS = [1, 2, 16, 17, 65]  # a GEMV, tensor cores, full; prefill with a ragged tile, with two
+SIZES = {  # out, rank
+    "equal": [(40, 8)] * 3,
+    "grouped-query": [(70, 65), (33, 5), (33, 5)],
+    "two": [(33, 17), (20, 3)],
+    "one": [(33, 17)],
+    "four": [(33, 17), (20, 3), (12, 1), (41, 40)],
+    "full": [(20, 20), (33, 5)],
+}
+
+
+def padded(value: Tensor) -> Tensor:
+    """The same tensor, contiguous, with NaN right before and after it."""
+    storage = torch.full((64 + value.numel(),), torch.nan, dtype=value.dtype)
+    return storage[32 : 32 + value.numel()].view(value.shape).copy_(value)
+
+
+def operands(sizes: list[tuple[int, int]], tokens: int, dtype: torch.dtype, d_in: int = 37):
+    storage = torch.full((tokens + 2, d_in + 3), torch.nan, dtype=dtype)
+    x = storage[1:-1, 1 : d_in + 1].copy_(torch.randn(tokens, d_in) + 1)  # NaN between rows, before and after
+    w_pivots = [padded((torch.randn(rank, d_in) / d_in**0.5).to(dtype)) for _, rank in sizes]
+    coeffs = [padded((torch.randn(out - rank, rank) / rank**0.5).to(dtype)) for out, rank in sizes]
+    return x, w_pivots, coeffs
+
+
+def run(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor]) -> list[Tensor]:
+    from pifa_compiler.kernels.linear_triton_siblings import linear_siblings_triton
+
+    z, rest = linear_siblings_triton(x, w_pivots, coeffs)
+    assert z.dtype == rest.dtype == x.dtype
+    parts = z.split([w.shape[0] for w in w_pivots], -1), rest.split([c.shape[0] for c in coeffs], -1)
+    return [torch.cat(pair, -1) for pair in zip(*parts, strict=True)]
+
+
+@pytest.fixture
+def nan_in_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allocated starts as NaN, so that an element never written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+
+
+@interpreted
+@pytest.mark.usefixtures("nan_in_new_tensors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_err_at_most_twice_as_much_as_torch(sizes: list[tuple[int, int]], tokens: int, dtype: torch.dtype):
+    x, w_pivots, coeffs = operands(sizes, tokens, dtype)
+    for got, w_pivot, coeff in zip(run(x, w_pivots, coeffs), w_pivots, coeffs, strict=True):
+        exact = linear_ref(x.double(), w_pivot.double(), coeff.double())
+        by_torch = linear(x, w_pivot, coeff)
+        bound = 2 * (by_torch - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        assert got.shape == by_torch.shape
+        assert (got - exact).abs().max() <= bound  # never true of NaN
+
+
+@interpreted
+def test_few_tokens_keep_y_p_wider_than_the_dtype():
+    # y_p = 1 + 2^-12, of which float16 keeps 1; coeff (1, -1) against a second pivot row of 1 leaves the difference.
+    x = torch.tensor([[1.0, 2.0**-12]] * 2, dtype=torch.float16)
+    w_pivot = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float16)
+    coeff = torch.tensor([[1.0, -1.0]], dtype=torch.float16)
+    for tokens in (1, 2):
+        for y in run(x[:tokens], [w_pivot] * 2, [coeff] * 2):
+            assert y[:, 2].tolist() == [2.0**-12] * tokens
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [(), (0,), (2, 3, 4)], ids=str)
+def test_leading_dimensions(batch: tuple[int, ...]):
+    _, w_pivots, coeffs = operands(SIZES["two"], 1, torch.float32)
+    x = torch.randn(*batch, 37)
+    for got, *weights in zip(run(x, w_pivots, coeffs), w_pivots, coeffs, strict=True):
+        torch.testing.assert_close(got, linear(x, *weights))
+
+
+@interpreted
+def test_the_operator_is_registered_as_torch_demands():
+    from pifa_compiler.kernels import linear_triton_siblings as _registers  # noqa: F401
+
+    for tokens in (1, 20):
+        values = operands(SIZES["grouped-query"], tokens, torch.float32)
+        torch.library.opcheck(torch.ops.pifa.linear_siblings_triton.default, values)
+
+
+@interpreted
+def test_what_does_not_fit_is_refused():
+    x, w_pivots, coeffs = operands(SIZES["two"], 3, torch.float32)
+    with pytest.raises(ValueError, match="as many w_pivots"):
+        run(x, w_pivots, coeffs[1:])
+    with pytest.raises(ValueError, match="throughout"):
+        run(x.half(), w_pivots, coeffs)
+
+
+TRACE = """
+import itertools
+import torch
+from torch._subclasses import FakeTensorMode
+from torch._functorch.aot_autograd import aot_export_module
+from torch._inductor import config
+from pifa_compiler.kernels import linear_triton_siblings as _registers
+class Layer(torch.nn.Module):
+    def forward(self, x, *weights):
+        half = len(weights) // 2
+        return torch.ops.pifa.linear_siblings_triton.default(x, list(weights[:half]), list(weights[half:]))
+for config.max_autotune, tokens in itertools.product((True, False), (1, 16, 512)):
+    with FakeTensorMode():
+        h = dict(device="cuda", dtype=torch.bfloat16)
+        sizes = (96, 32), (48, 16), (48, 16)
+        weights = [torch.empty(r, 64, **h) for _, r in sizes] + [torch.empty(o - r, r, **h) for o, r in sizes]
+        gm, _ = aot_export_module(Layer(), (torch.empty(tokens, 64, **h), *weights), trace_joint=False)
+    targets = [str(node.target) for node in gm.graph.nodes]
+    print(sum("triton_kernel_wrapper" in target for target in targets), sum("pifa" in target for target in targets))
+"""
+
+
+def test_query_key_and_value_of_unequal_shapes_are_two_launches():
+    """Tuned and not, for one token, some and many. In a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["2 0"] * 6
