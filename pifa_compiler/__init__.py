@@ -1,5 +1,6 @@
 """Low-rank models in PyTorch: PIFA, M, and a compiler for both (arXiv 2501.19090)."""
 
+from . import interrupts as interrupts
 from .backend import refresh as refresh
 from .checkpoint import load_pretrained as load_pretrained
 from .checkpoint import registration

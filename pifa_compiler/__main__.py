@@ -7,9 +7,6 @@ def main() -> None:
     """Runs the command line on the arguments of the program; exit code 1 where its packages are not installed."""
     try:
         from .cli import main as run
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("typer", "rich"):

@@ -191,6 +191,22 @@ def check_files(path: str | os.PathLike[str], final: Path, *others: Path, refusa
         raise refusal(f"{path} cannot be written: {_explain(error, final)}") from error
 
 
+def check_opens(file: Path, refusal: type[PifaError]) -> None:
+    """Refuses a file that cannot be opened for writing; what is in it stays, and one that is not there is not made.
+
+    Raises:
+        PifaError: `refusal`.
+    """
+    try:
+        if os.path.lexists(file):
+            os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))  # a pipe would wait for its other end
+        else:
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            file.unlink()
+    except (OSError, ValueError) as error:  # of a NUL in the name ValueError
+        raise refusal(f"{file} cannot be written: {error}; name a file in a folder that exists") from error
+
+
 def write_whole(file: Path, text: str) -> None:
     """Writes or replaces a text file, wholly or not at all.
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import BenchError, CheckpointError, ConfigError
-from ..files import write_whole
+from ..files import check_files, check_opens, resolve, write_whole
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class CsvRows:
         self._path = path
         self._provenance = provenance()
         self._columns = [*self._provenance, *row_type.__dataclass_fields__]
-        if not path.parent.is_dir() or path.is_dir():
-            raise BenchError(f"{path} cannot be written; name a file in a folder that exists")
+        check_opens(path, BenchError)
         if path.is_file() and path.stat().st_size:
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 header = next(csv.reader(file), [])
@@ -116,11 +115,12 @@ class JsonRows(Generic[RowType]):
         """Reads the file, if it is there.
 
         Raises:
-            ConfigError: it holds rows of another setting.
+            ConfigError: it cannot be written, or holds rows of another setting.
             CheckpointError: it is no such file.
         """
         self.setting, self.rows = setting, list[RowType]()
-        self._path = path
+        self._path = resolve(path, ConfigError)
+        check_files(path, self._path, refusal=ConfigError)
         self._beside: dict[str, Any] = {}
         if not path.exists():
             return

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .. import interrupts
 from ..errors import PifaError
 from . import bench, compare, compress, demo, evaluate, export, inspect
 
@@ -63,7 +64,12 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line on the arguments of the program."""
     signal.signal(signal.SIGTERM, _terminate)
-    app(prog_name="pifa")
+    interrupts.take_exceptions()
+    try:
+        app(prog_name="pifa")
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends
 
 
 def _show_version(wanted: bool) -> None:

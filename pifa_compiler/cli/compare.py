@@ -16,7 +16,6 @@ from .options import (
     Samples,
     Seed,
     Seqlen,
-    check_folder_of,
     check_plot,
     device_of,
 )
@@ -57,7 +56,6 @@ def compare_verb(
     names = list(BASELINES) if methods is None else _split(methods)
     numbers = [_density(part) for part in _split(densities)]
     check_plot(plot)
-    check_folder_of(output)
     try:
         check_methods(names)
     except ConfigError as error:

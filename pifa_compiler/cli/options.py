@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import ConfigError, DeviceError
+from ..files import check_opens
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +56,4 @@ def check_plot(plot: Path | None) -> None:
         raise typer.BadParameter(f"--plot takes a .png, .svg or .pdf file, got {str(plot)!r}")
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib; pip install 'pifa-compiler[plot]'")
-    check_folder_of(plot)
-
-
-def check_folder_of(file: Path) -> None:
-    """Refuses a file whose folder is not there."""
-    if not file.resolve().parent.is_dir():
-        raise ConfigError(f"the folder of {file} does not exist; make it first")
+    check_opens(plot, ConfigError)

@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from pifa_compiler import __main__ as program
-from pifa_compiler import cli
+from pifa_compiler import cli, interrupts
 
 DEEP = "[" * 100_000
 LONG = "y" * 5000
@@ -161,16 +160,31 @@ def test_a_full_disk_under_standard_output_is_one_line() -> None:
     assert (run.returncode, run.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
-def test_an_interrupt_while_the_command_line_is_imported_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Interrupted(SimpleNamespace):
-        @property
-        def main(self) -> None:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [(("-m", "pifa_compiler"), "numpy"), (("-m", "pifa_compiler"), "pifa_compiler.cli"), (("pifa",), "numpy")],
+    ids=str,
+)
+def test_ctrl_c_while_a_package_is_imported_is_one_line(program: tuple[str, ...], module: str, tmp_path: Path) -> None:
+    at_import = f"""
+import importlib.abc, os, signal, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+    (tmp_path / "sitecustomize.py").write_text(at_import)
+    (tmp_path / "pifa").write_text("from pifa_compiler.__main__ import main\nmain()")
+    run = subprocess.run(
+        [sys.executable, *program, "inspect", "nothing-here"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stderr, run.stdout) == (130, "interrupted\n", "")
 
-    monkeypatch.setitem(sys.modules, "pifa_compiler.cli", Interrupted())  # type: ignore[arg-type]
-    with pytest.raises(SystemExit) as ended:
-        program.main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+
+def test_programs_that_import_the_package_keep_their_way_with_ctrl_c() -> None:
+    assert signal.getsignal(signal.SIGINT) is not interrupts._end
