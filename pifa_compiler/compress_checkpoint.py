@@ -166,6 +166,7 @@ class _Job:
             "data": data.hexdigest(),
             "versions": {name: version(name) for name in packages},
             "processes": self.processes.size,
+            "threads": torch.get_num_threads(),
         }
 
     def reconstruct(
