@@ -12,6 +12,7 @@ from .checkpoint.format import refuse_other_quantization
 from .errors import CalibrationError, RankError
 from .exchange.absorb import LayerSite, absorb_orders
 from .exchange.atomic import Exchange
+from .exchange.attention_layers import attention_as_layers
 from .factors import PifaFactors
 from .graph.capture import Batch
 from .graph.linears import weight_name
@@ -21,11 +22,12 @@ from .modules import count_numbers, is_plain_linear, layer_of, module_at
 from .numerics import own_numerics
 from .passes import AbsorbOrder, Canonicalize, FactorizeLinear, run_passes
 from .reconstruction.config import CompressConfig
+from .reconstruction.gradients import Keep
 from .reconstruction.needs import needs_of
 from .reconstruction.reconstruct import Reconstruction, sum_gradients, sum_inputs
 from .reconstruction.results import ResultsInMemory, factors_by_weight, reports_of
-from .reconstruction.selection import left_dense, select_linears
-from .reconstruction.statistics import DenseStatistics
+from .reconstruction.selection import left_dense, select_linears, shared_among, uses_of
+from .reconstruction.statistics import DenseStatistics, SumsOfShared
 from .reconstruction.sweep import Progress
 from .report import Report
 
@@ -69,6 +71,32 @@ def compress(
     refuse_other_quantization(model)
     check_token_ids(model, calls)
     _check_weights(model)
+    with attention_as_layers(model) as attention:
+        report, new, factors = _solve(model, calls, config, statistics, progress)
+    with Exchange() as exchange:
+        if new is None and isinstance(model, GraphModule):
+            exchange.graph(model)
+            run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
+        for name, layers in attention.items():
+            if any(f"{name}.{child}" in (new or {}) for child in layers._modules):
+                exchange.module(model, name, layers)
+        for name, module in (new or {}).items():
+            exchange.module(model, name, module)
+        report.params_after = count_numbers(model)
+        report.describe_rest(model)
+        describe_if_pretrained(model, report, exchange)
+        report.seconds = time.perf_counter() - started
+        return report
+
+
+def _solve(
+    model: nn.Module,
+    calls: list[Batch],
+    config: CompressConfig,
+    statistics: DenseStatistics | None,
+    progress: Progress | None,
+) -> tuple[Report, dict[str, nn.Module] | None, dict[str, PifaFactors]]:
+    """Everything short of the exchange: the report, the layers to put into the model, and the factors by weight."""
     captured = capture_whole_or_in_parts(model, calls)
     selection = select_linears(model, captured.graph, config.skip, config.ranks)
     report = Report(config.method, config.density, params_before=count_numbers(model))
@@ -84,17 +112,7 @@ def compress(
     factors = factors_by_weight(results.groups)
     new, absorbed = _new_layers(model, factors, selection.sites)
     report.layers = selection.layers(captured.graph, (*left_dense(ranked), *reports_of(results.groups)), absorbed)
-    with Exchange() as exchange:
-        if new is None and isinstance(model, GraphModule):
-            exchange.graph(model)
-            run_passes(model, [Canonicalize(), FactorizeLinear(factors), AbsorbOrder()])
-        for name, module in (new or {}).items():
-            exchange.module(model, name, module)
-        report.params_after = count_numbers(model)
-        report.describe_rest(model)
-        describe_if_pretrained(model, report, exchange)
-        report.seconds = time.perf_counter() - started
-        return report
+    return report, new, factors
 
 
 @own_numerics()
@@ -112,15 +130,22 @@ def measure(
     """
     calls = list(batches)
     check_token_ids(model, calls)
-    captured = capture_whole_or_in_parts(model, calls)
-    found = list(select_linears(model, captured.graph).found)
+    with attention_as_layers(model):
+        captured = capture_whole_or_in_parts(model, calls)
+        uses = uses_of(captured.graph, select_linears(model, captured.graph).found)
     statistics = DenseStatistics()
+
+    def adder() -> Keep:
+        shared = SumsOfShared(shared_among(uses))
+        return lambda linears: statistics.add(shared.complete(linears))
+
     if gradients:
-        statistics.no_gradients, statistics.notes = sum_gradients(captured, found, statistics.add, progress)
+        linears = [use for nodes in uses.values() for use in nodes]
+        statistics.no_gradients, statistics.notes = sum_gradients(captured, linears, adder(), progress)
     if statistics.no_gradients is not None:
         statistics.forget()
-    unknown = [node for node in found if weight_name(node) not in statistics.gram]
-    sum_inputs(captured, unknown, statistics.add, progress)
+    unknown = [use for node, nodes in uses.items() if weight_name(node) not in statistics.gram for use in nodes]
+    sum_inputs(captured, unknown, adder(), progress)
     statistics.notes = (*statistics.notes, *captured.masks.notes())
     if not gradients:
         statistics.no_gradients = "the statistics given were measured with gradients=False"

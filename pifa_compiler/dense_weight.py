@@ -83,7 +83,8 @@ class DenseWeight(Tensor):
         return weight
 
     @staticmethod
-    def _of_view(view: Tensor) -> "DenseWeight":
+    def of_values(view: Tensor) -> "DenseWeight":
+        """A plain tensor to be read only: a view of such a weight, or what was put together of several."""
         weight = DenseWeight._stand_in(view.shape, view.stride(), view)
         weight._factors, weight._seen, weight._needs_gradient = None, (view, None), view.requires_grad
         return weight
@@ -118,7 +119,7 @@ class DenseWeight(Tensor):
 
     def _detached(self) -> "DenseWeight":
         if self._factors is None:
-            return DenseWeight._of_view(self._values().detach())
+            return DenseWeight.of_values(self._values().detach())
         w_pivot, coeff, order = self._factors
         return DenseWeight.of_factors(w_pivot.detach(), coeff.detach(), order)
 
@@ -177,7 +178,7 @@ def _read(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     with _RefuseWrites(storages, func):
         result = func(*args, **kwargs)
     return pytree.tree_map_only(
-        Tensor, lambda each: DenseWeight._of_view(each) if _storage(each) in storages else each, result
+        Tensor, lambda each: DenseWeight.of_values(each) if _storage(each) in storages else each, result
     )
 
 

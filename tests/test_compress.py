@@ -11,8 +11,12 @@ import pifa_compiler as pc
 from pifa_compiler.compress import measure
 from pifa_compiler.errors import CalibrationError, CaptureError, CheckpointError, ConfigError, RankError
 from pifa_compiler.factors import stored_numbers
+from pifa_compiler.graph.capture import capture
+from pifa_compiler.graph.linears import weight_name
+from pifa_compiler.graph.predictions import find_predictions
 from pifa_compiler.memory import format_bytes
 from pifa_compiler.reconstruction.allocators import ALLOCATORS
+from pifa_compiler.reconstruction.gradients import sum_dense
 from pifa_compiler.reconstruction.methods import METHODS
 
 transformers = pytest.importorskip("transformers")
@@ -251,17 +255,83 @@ def test_pifa_equals_the_same_model_as_pairs_of_factors():
     torch.testing.assert_close(logits(pifa, batch), logits(pair, batch), rtol=1e-3, atol=1e-4)
 
 
-def test_a_weight_used_twice_is_left_alone():
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 8)
+class Repeated(nn.Module):
+    """Goes through one layer twice, once behind the other, and through another for both halves of its input."""
 
-        def forward(self, x):
-            return self.out(self.fc(self.fc(x).relu()))
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves, self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 24)
+        self.embed = nn.Embedding(24, 32)
 
-    report = pc.compress(Shared(), mlp_batches(), pc.CompressConfig(rank_multiple=1))
-    assert {layer.name: layer.skipped for layer in report.skipped} == {"fc": "weight is used by 2 linears"}
+    def forward(self, ids):
+        left, right = self.embed(ids).chunk(2, dim=-1)
+        x = torch.tanh(self.halves(left)) - torch.tanh(self.halves(right))
+        return self.head(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+
+def inputs_of(layer: nn.Module, model: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    for batch in batches:
+        model(batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["in one go", "measured before"])
+def test_a_weight_used_twice_becomes_one_layer_calibrated_on_all_its_inputs(measured):
+    torch.manual_seed(0)
+    model, batches = Repeated(), [torch.randint(0, 24, (4, 12)) for _ in range(3)]
+    original = copy.deepcopy(model)
+    config = pc.CompressConfig(density=0.75, rank_multiple=1, method="svd-llm", allocator="uniform")
+    statistics = measure(model, batches) if measured else None
+    report = pc.compress(model, batches, config, statistics=statistics)
+    assert report.density <= 0.75
+    assert {layer.name for layer in report.factorized} == {"halves", "fc", "head"}
+    for name in ("halves", "fc"):
+        (layer,) = (layer for layer in report.factorized if layer.name == name)
+        assert "one weight for 2 linears" in str(layer.notes)
+        x = inputs_of(original.get_submodule(name), original, batches)
+        assert len(x) == 2 * 3 * 48
+        dense, got = (each.get_submodule(name).weight.detach() for each in (original, model))
+        # svd-llm leaves what the singular values of W X beyond the rank say: W S of A = S S^T has the same.
+        singular = torch.linalg.svdvals((x @ dense.T).double())
+        least = singular[layer.rank :].square().sum().sqrt() / singular.norm()
+        lost = (x @ (dense - got).T).norm() / (x @ dense.T).norm()
+        torch.testing.assert_close(lost.double(), least, rtol=1e-3, atol=0)
+        torch.testing.assert_close(layer.error, float(lost), rtol=1e-3, atol=0)
+
+
+def test_gradients_at_all_uses_of_a_weight_add_up_and_both_flows_go_on_with_its_new_one():
+    torch.manual_seed(0)
+    model, batches = Repeated(), [torch.randint(0, 24, (4, 12)) for _ in range(3)]
+    original = copy.deepcopy(model)
+    statistics = measure(model, batches)
+    assert statistics.tokens == {"halves.weight": 288, "fc.weight": 288, "head.weight": 144}
+    captured = capture(model, batches)
+    apart = {}
+    predictions = find_predictions(captured)
+    linears = captured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    sum_dense(captured, linears, predictions, apart.update)
+    for name in ("halves.weight", "fc.weight"):
+        wanted = sum(sums.gradient_gram for node, sums in apart.items() if weight_name(node) == name)
+        torch.testing.assert_close(statistics.gradient_gram[name], wanted)
+    report = pc.compress(model, batches, pc.CompressConfig(density=0.75, rank_multiple=1, method="mpifa"))
+    # The head's inputs are those that the compressed layers give it, at both of their uses.
+    (head,) = (layer for layer in report.factorized if layer.name == "head")
+    x = inputs_of(model.head, model, batches)
+    lost = (x @ (original.head.weight.detach() - model.head.weight.detach()).T).norm()
+    assert head.error == pytest.approx(float(lost / (x @ original.head.weight.detach().T).norm()), rel=1e-3)
+
+
+def test_one_layer_for_all_depths_is_compressed_and_its_order_absorbed():
+    sizes = {"vocab_size": 64, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.AlbertConfig(**sizes, num_hidden_layers=3, num_attention_heads=4)
+    model = transformers.AlbertModel(config).eval()
+    report = pc.compress(model, [torch.randint(0, 64, (2, 16))], pc.CompressConfig(density=0.7, rank_multiple=1))
+    names = {layer.name.rpartition(".")[2] for layer in report.factorized}
+    assert names >= {"query", "key", "value", "dense", "ffn", "ffn_output"}
+    assert any("row order absorbed" in note for layer in report.factorized for note in layer.notes)
 
 
 def test_a_layer_that_the_call_does_not_reach_is_reported():

@@ -18,7 +18,7 @@ from ..factors import factorize_jointly
 from ..graph.linears import uses_of_weights, weight_name
 from ..linear import PifaLinear
 from ..modules import is_plain_linear, module_at, weight_of
-from ..passes.absorb_order import find_sites
+from ..passes.absorb_order import Site, find_sites
 from .allowed import Exchangeable, caller_of_layer
 from .enclosure import Enclosure
 
@@ -40,7 +40,9 @@ class LayerSite:
 
 
 def layer_sites(graph: GraphModule, places: Mapping[str, str] | None = None) -> list[LayerSite]:
-    """The sites of a captured model, but for those with a weight that several linears use.
+    """The sites of a captured model, but for those with a weight that other linears use too.
+
+    A site that the model goes through several times (ALBERT's layers are one) is one.
 
     Args:
         graph: of the model.
@@ -48,13 +50,18 @@ def layer_sites(graph: GraphModule, places: Mapping[str, str] | None = None) -> 
     """
     places = places or {}
     uses = uses_of_weights(graph)
+    found: dict[tuple[tuple[str, ...], ...], list[Site]] = {}
+    for each in find_sites(graph):
+        weights = tuple(tuple(map(weight_name, nodes)) for nodes in (each.sources, each.readers))
+        found.setdefault(weights, []).append(each)
     sites = []
-    for site in find_sites(graph):
-        weights = [tuple(map(weight_name, nodes)) for nodes in (site.sources, site.readers)]
+    for weights, alike in found.items():
         sources, readers = (tuple(name.rpartition(".")[0] for name in part) for part in weights)
-        if any(uses[name] > 1 for part in weights for name in part) or not all((*sources, *readers)):
-            continue  # a weight that is used twice, or is no layer's: computed, or the model's own
-        called = zip((*site.sources, *site.readers), (*sources, *readers), strict=True)
+        if any(uses[name] > len(alike) for part in weights for name in part) or not all((*sources, *readers)):
+            continue  # a weight that is used elsewhere too, or is no layer's: computed, or the model's own
+        called = [
+            pair for site in alike for pair in zip((*site.sources, *site.readers), (*sources, *readers), strict=True)
+        ]
         new = [tuple(dict.fromkeys(places.get(name, name) for name in part)) for part in (sources, readers)]
         if set(new[0]) & set(new[1]):
             continue  # between the two linears of a pair

@@ -29,7 +29,7 @@ class Exchangeable:
     """
 
     def __init__(self, model: nn.Module, graph: GraphModule | None, *, in_files: bool = False) -> None:
-        self.model, self.graph, self._in_files = model, graph, in_files
+        self.model, self.graph, self.in_files = model, graph, in_files
         self._tensors: dict[tuple[str, int], list[str]] = {}
         self._modules: dict[int, list[str]] = {}
         self._read: dict[str, list[Node]] = {}
@@ -59,7 +59,7 @@ class Exchangeable:
             return _why_no_linear(layer)
         if self.graph is None and type(layer) not in (nn.Linear, PifaLinear) and isinstance(layer, nn.Linear):
             return f"layer is a {type(layer).__name__}; without an example it is not known who reads its weight"
-        plain = _why_no_plain_weight(layer, in_files=self._in_files)
+        plain = _why_no_plain_weight(layer, in_files=self.in_files)
         return why_marked(layer) or plain or self.why_shared(name) or self._why_read(name)
 
     def why_shared(self, name: str) -> str | None:

@@ -36,6 +36,14 @@ def linears_in_order(graph: GraphModule) -> list[str]:
     return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
 
 
+def linears_by_weight(graph: GraphModule) -> dict[str, tuple[Node, ...]]:
+    """The dense linears of the graph that read each weight, in order, by its state-dict name."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        found.setdefault(weight_name(node), []).append(node)
+    return {name: tuple(nodes) for name, nodes in found.items()}
+
+
 def uses_of_weights(graph: GraphModule) -> Counter[str]:
     """How many linears of the graph, dense or in PIFA form, read each weight, by its state-dict name."""
     targets = (torch.ops.aten.linear.default, torch.ops.pifa.linear.default)

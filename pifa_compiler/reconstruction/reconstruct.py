@@ -1,7 +1,7 @@
 """`Reconstruction`: M over a captured model, from statistics over ranks to factors, wherever its weights lie."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -16,9 +16,9 @@ from .config import CompressConfig
 from .gradients import Keep, sum_dense
 from .methods import METHODS, MethodOptions
 from .results import Results, factors_of
-from .selection import FoundLinear, RankedLinear, find_attention, give_ranks
-from .solver import GroupSolver
-from .statistics import DenseStatistics, DenseSums, Statistics
+from .selection import FoundLinear, RankedLinear, find_attention, give_ranks, shared_among, uses_of
+from .solver import GroupSolver, Solved
+from .statistics import DenseStatistics, DenseSums, Statistics, SumsOfShared
 from .sweep import Flow, Group, Progress, Replacement, Sweep, groups
 from .value_store import Room
 
@@ -113,6 +113,11 @@ class Reconstruction:
     notes: tuple[str, ...] = ()
     peak_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self._uses = uses_of(self.captured.graph, self.found)
+        self._shared = shared_among(self._uses)
+        self._inputs_of_shared: dict[Node, Statistics] = {}
+
     def run(self) -> dict[Node, RankedLinear]:
         """Measures the dense model, gives its linears ranks, and makes their factors, which go to `results`.
 
@@ -157,7 +162,7 @@ class Reconstruction:
         wants_gradients = method.gradients and config.gradients and (config.density < 1 or bool(config.ranks))
         if self.statistics is not None:
             self._take(self.statistics, allocator, gradients=wants_gradients)
-        elif wants_gradients or wants_ranks:
+        elif wants_gradients or wants_ranks or self._shared:
             self._sum(allocator, gradients=wants_gradients)
 
     def _take(self, statistics: DenseStatistics, allocator: Allocator, *, gradients: bool) -> None:
@@ -171,8 +176,13 @@ class Reconstruction:
                 weight = read_weight(self.captured.weights, node)
                 seen = allocator.look_at(name, weight, statistics.of_input(name).gram, gram)
             self.results.add_linear(node, seen, gram)
+        self._inputs_of_shared = {node: statistics.of_input(weight_name(node)) for node in self._shared}
 
     def _sum(self, allocator: Allocator, *, gradients: bool) -> None:
+        def keeper() -> Keep:
+            sums = SumsOfShared(self._shared)
+            return lambda linears: keep(sums.complete(linears))
+
         def keep(linears: Mapping[Node, DenseSums]) -> None:
             looked: dict[str, Seen] = {}
             for place in self.processes.own(len(linears)):
@@ -183,14 +193,19 @@ class Reconstruction:
                 looked |= each
             for node, sums in linears.items():
                 self.results.add_linear(node, looked[node.name], sums.gradient_gram)
+                if node in self._shared:
+                    self._inputs_of_shared[node] = sums.statistics()
+
+        def all_of(nodes: Iterable[Node]) -> list[Node]:
+            return [use for node in nodes for use in self._uses[node]]
 
         if gradients:
             self.no_gradients, self.notes = sum_gradients(
                 self.captured,
-                list(self.found),
-                keep,
+                all_of(self.found),
+                keeper(),
                 self.progress,
-                for_ranks=True,
+                for_ranks=not self._shared,
                 room=self.room,
                 results=self.results,
                 processes=self.processes,
@@ -200,7 +215,23 @@ class Reconstruction:
             seen = self.results.seen(node)
             if seen is None or (seen.weighted and self.no_gradients is not None):
                 pending.append(node)
-        sum_inputs(self.captured, pending, keep, self.progress, room=self.room, processes=self.processes)
+        sum_inputs(self.captured, all_of(pending), keeper(), self.progress, room=self.room, processes=self.processes)
+
+    def _solve_group(self, solver: GroupSolver, group: Group, statistics: Statistics) -> dict[Node, Solved]:
+        """Solves a group; the members whose weights are used elsewhere too with the sums of all their uses."""
+        apart: dict[tuple[Node, ...], list[Node]] = {}
+        for node in group.members:
+            apart.setdefault(tuple(use.all_input_nodes[0] for use in self._shared.get(node, ())), []).append(node)
+        found: dict[Node, Solved] = {}
+        for sources, members in apart.items():
+            sums = self._inputs_of_shared[members[0]] if sources else statistics
+            found |= solver.solve(Group(group.source, tuple(members)), sums)
+        for node, uses in self._shared.items():
+            if node in found:
+                note = f"one weight for {len(uses)} linears, calibrated on what the dense model gives all of them"
+                report = found[node].report
+                found[node] = replace(found[node], report=replace(report, notes=(*report.notes, note)))
+        return found
 
     def _solve(self, ranked: Mapping[Node, RankedLinear]) -> None:
         config, method = self.config, METHODS[self.config.method]
@@ -213,7 +244,7 @@ class Reconstruction:
         solver = GroupSolver(method, options, weights, ranked, order, grams, config.pivoting, self.processes)
 
         def solve(group: Group, statistics: Statistics) -> dict[Node, Replacement]:
-            solved = solver.solve(group, statistics)
+            solved = self._solve_group(solver, group, statistics)
             self.results.add_group(group, solved)
             return {node: each.factors for node, each in solved.items()}
 

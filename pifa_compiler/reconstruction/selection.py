@@ -13,7 +13,7 @@ from ..exchange.absorb import LayerSite, enclosed_sites, layer_sites
 from ..exchange.allowed import Exchangeable, caller_of, readers_of
 from ..exchange.enclosure import Enclosure
 from ..factors import stored_numbers
-from ..graph.linears import is_transposed, linears_in_order, uses_of_weights, weight_name
+from ..graph.linears import is_transposed, linears_by_weight, linears_in_order, uses_of_weights, weight_name
 from ..graph.run import ancestors
 from ..modules import embedding_storages, is_plain_linear, module_at, storage_of, weight_of
 from ..report import LayerReport
@@ -118,7 +118,7 @@ def find_linears(
     ranks: Mapping[str, int],
     exchangeable: Exchangeable | None = None,
 ) -> tuple[dict[Node, FoundLinear], list[LayerReport]]:
-    """The linears to compress, and reports of those to leave alone.
+    """The linears to compress, and reports of those to leave alone; of several that read one weight, the first.
 
     Raises:
         CaptureError: there are no linears, or none that may be compressed.
@@ -136,7 +136,7 @@ def find_linears(
     output = _output_head(model)
     found: dict[Node, FoundLinear] = {}
     reports: dict[str, LayerReport] = {}
-    patterns = set(skip)
+    patterns, first_use = set(skip), dict[str, Node]()
     for node in nodes:
         full_name = weight_name(node)
         parameter = parameters.get(full_name)
@@ -154,12 +154,14 @@ def find_linears(
             reason = "output head"
         elif matched:
             reason = f"skipped by pattern {matched[0]!r}"
-        elif uses[full_name] > 1:
+        elif stored_numbers(d_out, d_in, 1) >= d_out * d_in:
+            reason = f"no rank takes fewer numbers than a weight [{d_out}, {d_in}] has"
+        elif uses[full_name] > 1 and exchangeable.in_files:
             reason = f"weight is used by {uses[full_name]} linears"
         else:
             reason = _why_left(model, graph, node, full_name, exchangeable)
         if reason is None:
-            found[node] = FoundLinear(name, (d_out, d_in))
+            found.setdefault(first_use.setdefault(full_name, node), FoundLinear(name, (d_out, d_in)))
         else:
             reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
     # A weight that another is computed from stays too.
@@ -178,6 +180,17 @@ def find_linears(
         reasons = ", ".join(sorted({str(report.skipped) for report in reports.values()}))
         raise CaptureError(f"every linear of the model is skipped; nothing is left to compress: {reasons}")
     return found, list(reports.values())
+
+
+def uses_of(graph: GraphModule, found: Iterable[Node]) -> dict[Node, tuple[Node, ...]]:
+    """For linears that `find_linears` found, all that read the same weight."""
+    by_weight = linears_by_weight(graph)
+    return {node: by_weight[weight_name(node)] for node in found}
+
+
+def shared_among(uses: Mapping[Node, tuple[Node, ...]]) -> dict[Node, tuple[Node, ...]]:
+    """Of `uses_of`, those with a weight that several linears read."""
+    return {node: nodes for node, nodes in uses.items() if len(nodes) > 1}
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """What is summed over calibration tokens: at the inputs of linears for M, in the dense model to weigh errors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +54,50 @@ class DenseSums:
     sum_abs: Tensor
     tokens: int
 
+    def plus(self, other: "DenseSums") -> "DenseSums":
+        """The sums over the tokens of both."""
+        grams = [gram for gram in (self.gradient_gram, other.gradient_gram) if gram is not None]
+        gradient_gram = grams[0] + grams[1] if len(grams) == 2 else next(iter(grams), None)
+        tokens = self.tokens + other.tokens
+        return DenseSums(self.gram + other.gram, gradient_gram, self.sum_abs + other.sum_abs, tokens)
+
+    def statistics(self) -> Statistics:
+        """The same at the input alone, as methods of one flow take them."""
+        gram = self.gram.double()
+        return Statistics(gram, gram, gram, self.sum_abs.double() / max(self.tokens, 1), self.tokens)
+
+
+class SumsOfShared:
+    """Adds up the sums of linears that read one weight, of one walk over the dense model.
+
+    Args:
+        uses: for the first linear of each such weight, all that read it.
+    """
+
+    def __init__(self, uses: Mapping[Node, Sequence[Node]]) -> None:
+        self._uses = uses
+        self._first = {use: first for first, nodes in uses.items() for use in nodes}
+        self._seen: dict[Node, dict[Node, None]] = {}
+        self._total: dict[Node, DenseSums] = {}
+
+    def complete(self, linears: Mapping[Node, DenseSums]) -> dict[Node, DenseSums]:
+        """The sums of linears by themselves, and of shared weights, by their first linears, once all were added."""
+        done = {}
+        for linear, sums in linears.items():
+            first = self._first.get(linear)
+            if first is None:
+                done[linear] = sums
+                continue
+            seen = self._seen.setdefault(first, {})
+            if linear in seen:  # the walk began again, in another precision
+                seen.clear()
+            self._total[first] = self._total[first].plus(sums) if seen else sums
+            seen[linear] = None
+            if len(seen) == len(self._uses[first]):
+                done[first] = self._total.pop(first)
+                seen.clear()
+        return done
+
 
 @dataclass
 class DenseStatistics:
@@ -98,8 +142,7 @@ class DenseStatistics:
             raise CalibrationError(
                 f"the statistics know nothing of {name}; measure them on the same model with batches that reach it"
             )
-        gram, tokens = self.gram[name].double(), self.tokens[name]
-        return Statistics(gram, gram, gram, self.sum_abs[name].double() / max(tokens, 1), tokens)
+        return DenseSums(self.gram[name], None, self.sum_abs[name], self.tokens[name]).statistics()
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
