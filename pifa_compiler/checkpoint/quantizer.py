@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
+from ..exchange.attention_layers import take_apart
 from ..exchange.pairs import chain_of, identity_behind, split_pairs
 from ..linear import PifaLinear
 from ..report import Report
@@ -257,11 +258,14 @@ Placed = tuple[str, tuple[LayerShape, str | None, torch.dtype]]
 def place_layers(model: Any, config: PifaConfig) -> dict[str, Placed]:
     """Where the layers of a saved model go in one that has none of them yet, by the names they were saved with.
 
+    Where they are projections of an `nn.MultiheadAttention`, that is taken apart.
+
     Raises:
         CheckpointError: the model has no such linear layer, or one of another shape.
     """
     pairs: dict[str, str] = getattr(config, "pairs", {})
     placed: dict[str, Placed] = {}
+    take_apart(model, [name for saved_name in config.ranks for name in _names(saved_name, model)])
     for saved_name, rank in config.ranks.items():
         name = _place_of(saved_name, model)
         if name is None:
@@ -308,13 +312,18 @@ def check_loadable(model: Any, config: PifaConfig) -> None:
         ) from error
 
 
+def _names(saved_name: str, model: Any) -> tuple[str, ...]:
+    """What a layer saved as `saved_name` may be called: a body saved with a head lacks its prefix without one."""
+    prefix = f"{model.base_model_prefix}."
+    return saved_name, saved_name.removeprefix(prefix), prefix + saved_name
+
+
 def _place_of(saved_name: str, model: Any) -> str | None:
     """Name in `model` of a layer saved as `saved_name`; None if it belongs to a head that this class does not have.
 
     A body saved with a head can be loaded without it and the other way round; `base_model_prefix` is the difference.
     """
-    prefix = f"{model.base_model_prefix}."
-    for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
+    for name in _names(saved_name, model):
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -326,7 +335,7 @@ def _place_of(saved_name: str, model: Any) -> str | None:
             "the folder does not fit its model"
         )
     own_class = type(model).__name__ in (model.config.architectures or [])
-    if own_class or saved_name.startswith(prefix):
+    if own_class or saved_name.startswith(f"{model.base_model_prefix}."):
         raise CheckpointError(
             f"the config names the layer {saved_name}, which {type(model).__name__} does not have; "
             "the folder does not fit its model"

@@ -5,7 +5,7 @@ last one to a function, so that no layer can be exchanged. Here they are childre
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..dense_weight import DenseWeight
+from ..modules import module_at
 from .allowed import Exchangeable, why_marked
 
 
@@ -49,7 +50,12 @@ class AttentionLayers(nn.Module):
         if not self.embed_dim == self.kdim == self.vdim:
             return None
         # A kind of tensor of its own, so that torch's fused paths, which would read it at each call, are not taken.
-        return DenseWeight.of_values(torch.cat([layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj)]))
+        weights = torch.cat([layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj)])
+        if torch.compiler.is_compiling():
+            return weights
+        stand_in = DenseWeight.of_values(weights)
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # what has it transformers leaves alone
+        return stand_in
 
     @property
     def in_proj_bias(self) -> Tensor | None:
@@ -131,6 +137,15 @@ def _exchanged(model: nn.Module) -> Iterator[tuple[str, AttentionLayers]]:
         marked = why_marked(attention) or exchangeable.why_shared(name)
         if marked is None and has_no_more(attention):
             yield name, AttentionLayers(attention)
+
+
+def take_apart(model: nn.Module, layers: Iterable[str]) -> None:
+    """Gives every `nn.MultiheadAttention` of `model` layers of which one is named among `layers`."""
+    for name in layers:
+        place = name.rpartition(".")[0]
+        attention = module_at(model, place)
+        if place and type(attention) is nn.MultiheadAttention and has_no_more(attention):
+            _put(model, place, AttentionLayers(attention))
 
 
 def has_no_more(attention: nn.MultiheadAttention) -> bool:
