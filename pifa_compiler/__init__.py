@@ -15,9 +15,12 @@ from .factors import PifaFactors as PifaFactors
 from .factors import factorize as factorize
 from .factors import rank_for_density as rank_for_density
 from .linear import PifaLinear as PifaLinear
+from .lora import registration as lora_registration
+from .lora.merge import merge_lora as merge_lora
 from .reconstruction.config import CompressConfig as CompressConfig
 from .report import DistillReport as DistillReport
 from .report import LayerReport as LayerReport
 from .report import Report as Report
 
 registration.install()
+lora_registration.install()

@@ -126,6 +126,16 @@ def test_code_of_onnx_runs(world: dict[str, Any]):
     exec(compile(code, "onnx.md", "exec"), world | {"fed": fed})  # noqa: S102  our own document
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_code_of_lora_runs(world: dict[str, Any]):
+    pytest.importorskip("peft")
+    compress(world["model"], world["batches"])
+    world["pc"].save_pretrained(world["model"], "model-pifa")
+    run(ROOT / "docs" / "lora.md", world)
+    merged = {layer.name.rpartition(".")[2] for layer in world["report"].layers}
+    assert merged == {"q_proj", "v_proj", "down_proj"}
+
+
 def test_code_of_large_models_runs(world: dict[str, Any]):
     world["model"].save_pretrained("model")
     run(ROOT / "docs" / "large-models.md", world)
