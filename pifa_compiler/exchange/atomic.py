@@ -84,6 +84,10 @@ class Exchange:
             finally:
                 self._put_back()  # what an interrupt of the first left; nothing otherwise
 
+    def undo(self) -> None:
+        """Puts back what was there, though the block is not left by an exception."""
+        self._put_back()  # what an interrupt of it leaves, leaving the block puts back
+
     def _put_back(self) -> None:
         interrupt: KeyboardInterrupt | None = None
         while self._undo:

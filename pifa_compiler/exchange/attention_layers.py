@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..dense_weight import DenseWeight
 from ..modules import module_at
 from .allowed import Exchangeable, why_marked
+from .atomic import Exchange
 
 
 class AttentionLayers(nn.Module):
@@ -116,14 +117,11 @@ def attention_as_layers(model: nn.Module) -> Iterator[dict[str, AttentionLayers]
         What stands in the place of each, by name.
     """
     found = dict(_exchanged(model))
-    originals = {name: model.get_submodule(name) for name in found}
-    try:
+    with Exchange() as exchange:
         for name, layers in found.items():
-            _put(model, name, layers)
+            exchange.module(model, name, layers)
         yield found
-    finally:
-        for name, original in originals.items():
-            _put(model, name, original)
+        exchange.undo()
 
 
 def _exchanged(model: nn.Module) -> Iterator[tuple[str, AttentionLayers]]:
@@ -145,7 +143,7 @@ def take_apart(model: nn.Module, layers: Iterable[str]) -> None:
         place = name.rpartition(".")[0]
         attention = module_at(model, place)
         if place and type(attention) is nn.MultiheadAttention and has_no_more(attention):
-            _put(model, place, AttentionLayers(attention))
+            model.set_submodule(place, AttentionLayers(attention))
 
 
 def has_no_more(attention: nn.MultiheadAttention) -> bool:
@@ -154,11 +152,6 @@ def has_no_more(attention: nn.MultiheadAttention) -> bool:
     held = {key for key, parameter in attention._parameters.items() if parameter is not None}
     plain = all(type(parameter) is nn.Parameter for parameter in attention.parameters())
     return held <= usual and attention._modules.keys() == {"out_proj"} and plain and not attention.add_zero_attn
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
 
 
 def _part(stacked: nn.Parameter, index: int) -> nn.Parameter:

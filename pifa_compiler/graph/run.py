@@ -23,7 +23,7 @@ def call(node: Node, value: Callable[[Node], Any]) -> Any:
         CalibrationError: the node calls no function, or its function refuses its arguments.
     """
     args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-    target = _DIFFERENTIABLE.get(node.target, node.target)
+    target = _INSTEAD.get(node.target, node.target)
     if not callable(target):
         raise CalibrationError(f"the captured graph calls {node.op} {node.target}, which cannot be run node by node")
     if target is torch.ops.aten.scaled_dot_product_attention.default:
@@ -43,8 +43,17 @@ def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return torch.empty_like(x).copy_(source, non_blocking=non_blocking)
 
 
-_DIFFERENTIABLE: Mapping[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copy}
-"""What runs in the place of operations that functional graphs have and that cannot be differentiated."""
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    return torch.masked_scatter(x, mask, source.to(x.dtype))
+
+
+_INSTEAD: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.view.default: torch.reshape,
+    torch.ops.aten.masked_scatter.default: _masked_scatter,
+}
+"""What runs in the place of operations of functional graphs that cannot be differentiated, or that hold only for the
+strides and dtypes they were captured with: in bfloat16, or with gradients, attention gives others."""
 
 
 def call_node(weights: Weights, node: Node, values: Values) -> Any:

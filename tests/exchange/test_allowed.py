@@ -86,7 +86,7 @@ READERS = {
     "weight is computed from a.weight by tanh": lambda self, x: F.linear(x, torch.tanh(self.a.weight))[:, :16],
     "weight is computed from a.weight by slice": lambda self, x: F.linear(x, self.a.weight[:16]),
     "weight is read by Reads itself, by sum": lambda self, x: self.a.weight.sum(),
-    "weight is used by 2 linears": lambda self, x: F.linear(x, self.a.weight)[:, :16],
+    "weight is read by Reads itself, by linear_2": lambda self, x: F.linear(x, self.a.weight)[:, :16],
     "bias is read by Reads itself, by slice": lambda self, x: self.a.bias[:16],
 }
 
@@ -132,7 +132,7 @@ def test_a_layer_called_by_others_than_its_own_forward_is_left_with_the_caller()
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mha, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+            self.mha, self.out = nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True), nn.Linear(16, 16)
             self.own = nn.Parameter(torch.randn(16, 16))
 
         def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from pifa_compiler.exchange.atomic import Exchange
 compact_module, compress_module = (sys.modules[f"pifa_compiler.{name}"] for name in ("compact", "compress"))
 CONFIG = pc.CompressConfig(density=0.6, method="svd", rank_multiple=1)
 FILES = {"compact.py", "compress.py", "exchange/atomic.py", "exchange/absorb.py", "exchange/pairs.py"} | {
+    "exchange/attention_layers.py",
     "checkpoint/__init__.py",
     "checkpoint/quantizer.py",
 }
@@ -98,6 +99,14 @@ def compress_llama() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
     return tiny_llama(num_hidden_layers=1), lambda model: pc.compress(model, calls, CONFIG)
 
 
+def compress_attention() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    model, x = (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).eval(),
+        torch.randn(1, 30, 16),
+    )
+    return model, lambda model: pc.compress(model, [x], CONFIG)
+
+
 def compress_graph() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
     model, x = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)), torch.randn(30, 16)
     graph = torch.export.export(model, (x,), strict=False).module(check_guards=False)
@@ -107,8 +116,8 @@ def compress_graph() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is put back is the model that was captured: capturing it again tells nothing new."""
-    for module in (compress_module, compact_module):
-        usual, known = module.capture, {}
+    for module, name in ((compress_module, "capture_whole_or_in_parts"), (compact_module, "capture")):
+        usual, known = getattr(module, name), {}
 
         def once(model: nn.Module, batches: Any, usual: Any = usual, known: Any = known) -> Any:
             if id(model) not in known:
@@ -118,7 +127,7 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 sys.settrace(trace)
             return known[id(model)]
 
-        monkeypatch.setattr(module, "capture", once)
+        monkeypatch.setattr(module, name, once)
 
 
 @pytest.mark.usefixtures("captured_once")
@@ -128,6 +137,7 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (compact_mlp, (7, 211)),
         (compress_llama, (19, 211)),
         (compress_graph, (11, 29)),
+        (compress_attention, (11, 29)),
         *(
             pytest.param(make, (1, 11), marks=pytest.mark.slow)
             for make in (compact_mlp, compress_llama, compress_graph)
