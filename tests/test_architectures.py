@@ -13,17 +13,6 @@ import pifa_compiler as pc
 transformers = pytest.importorskip("transformers")
 
 QUICK = ("DeepSeek-V2", "ALBERT", "T5", "CLIP", "Wav2Vec2", "LLaVA", "Qwen2-VL", "nn.MultiheadAttention")
-    "Falcon",
-    "DeepSeek-V2",
-    "RWKV",
-    "ALBERT",
-    "T5",
-    "CLIP",
-    "Wav2Vec2",
-    "LLaVA",
-    "Qwen2-VL",
-    "nn.MultiheadAttention",
-)
 
 
 def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
