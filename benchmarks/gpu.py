@@ -1,21 +1,17 @@
-"""Checks and times what `Lower` emits on the GPU of this machine, in one go.
+"""Checks, and times by `pifa bench --device cuda`, what `Lower` and `MergeSiblings` emit on the GPU of this machine.
 
-    python benchmarks/gpu.py [--dims 2048,4096,8192] [--tokens 1,16,512,4096] [--dtype bf16] [--tune] [--checks-only]
+    python benchmarks/gpu.py [--output DIR] [--only checks,layers,models] [--layers 4]
 
-First values against float64 of both forms, ragged shapes included, and a model under `torch.compile(backend="pifa")`;
-on a wrong value it stops with exit code 1, as it does without a GPU. Then the medians of CUDA-event times, all
-contestants taking turns: dense and low-rank pair by cuBLAS, the plain PIFA subgraph under Inductor, and the layer under
-backend="pifa" with and without an order to undo. Each is a CUDA graph of calls that go round over copies of the
-weights, more than the L2 cache holds, so that weights come from memory and launches cost nothing. Appends to
-benchmarks/results/gpu.csv with the device's name, and writes gpu.md.
+First values against float64 of all forms, ragged shapes and unequal siblings included, and models under
+`torch.compile(backend="pifa")`, with CUDA graphs and without; on a wrong value it stops with exit code 1, as it does
+without a GPU. Then rows of `bench.gpu`, appended to gpu_layers.csv and gpu_models.csv as they come: square layers, and
+layers of Llama-2-7B's shape at density 0.5: prefill of 2048 tokens, decoding of 1 and 16 sequences. Meant to fit 8
+minutes of an H200; it has not been run on a GPU since it was rewritten, and gpu.csv is of the script before.
 """
 
 import argparse
-import csv
-import datetime
+import copy
 import itertools
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,15 +19,21 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import triton
 from pifa_compiler.kernels import linear, linear_ref
 from pifa_compiler.kernels.linear_gemm import linear_gemm
+from pifa_compiler.kernels.linear_siblings_gemm import linear_siblings_gemm
+from pifa_compiler.kernels.side_by_side import lay_side_by_side
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RAGGED = [(40, 24, 8), (33, 17, 5), (576, 576, 96), (1000, 777, 333), (4096, 4096, 2048), (64, 48, 64)]  # out, in, rank
 TOKENS = (1, 2, 16, 17, 513)
+SIBLINGS = {  # in; out and rank of each
+    "equal": (512, [(512, 160)] * 3),
+    "grouped-query": (512, [(512, 160), (128, 64), (128, 64)]),
+    "ragged": (777, [(1000, 333), (33, 5), (64, 64), (40, 17)]),
+}
 
 
 def operands(d_out: int, d_in: int, rank: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -44,7 +46,7 @@ def operands(d_out: int, d_in: int, rank: int, tokens: int, dtype: torch.dtype) 
     return *(v.to(dtype) for v in floats), order, bias.to(dtype)
 
 
-def check(name: str, size: tuple[int, int, int], tune: bool) -> list[str]:
+def check(name: str, size: tuple[int, int, int]) -> list[str]:
     """What values of either form are wrong for one dtype and size.
 
     Wrong are errors of more than twice torch's in the same dtype plus rounding: half a unit in the last place of the
@@ -54,7 +56,7 @@ def check(name: str, size: tuple[int, int, int], tune: bool) -> list[str]:
     from pifa_compiler.kernels.linear_triton_operator import linear_triton
     from torch._inductor import config
 
-    config.max_autotune = tune
+    config.max_autotune = False
     forms: dict[str, Callable[..., Tensor]] = {"linear_triton": linear_triton, "linear_gemm": ordered_gemm}
     wrong = []
     for tokens, ordered, biased in itertools.product(TOKENS, (True, False), (True, False)):
@@ -79,132 +81,92 @@ def ordered_gemm(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None
     return y if bias is None else y + bias
 
 
-def check_model() -> list[str]:
-    """What is wrong with a small model under the backend: its values, or that it does not run our forms."""
-    import pifa_compiler as pc
+def check_siblings(name: str, which: str) -> list[str]:
+    """What values of either form for siblings are wrong, weights side by side in memory or apart; as in `check`."""
+    from pifa_compiler.kernels.linear_triton_siblings import linear_siblings_triton
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
-    batches = [torch.randn(1024, 256, device="cuda") for _ in range(2)]
-    pc.compress(model, batches, pc.CompressConfig(density=0.5))
+    d_in, sizes = SIBLINGS[which]
+    dtype = DTYPES[name]
+    parts = [operands(out, d_in, rank, 1, dtype) for out, rank in sizes]
+    w_pivots, coeffs = ([part[place] for part in parts] for place in (1, 2))
     wrong = []
-    for tokens, form in ((1, "decode_kernel"), (64, "pifa::linear_gemm")):
-        x = torch.randn(tokens, 256, device="cuda")
-        exact = model.double()(x.double())
-        model.float()
-        with torch.no_grad():
-            fast = torch.compile(model, backend="pifa", dynamic=False)
-            error = (fast(x) - exact).abs().max().item()
-            with torch.profiler.profile() as profile:  # operators and kernels
-                fast(x)
-        ran = {event.key for event in profile.key_averages()}
-        if not error <= 1e-5 * exact.abs().max().item():
-            wrong.append(f'WRONG model under backend="pifa", tokens {tokens}: error {error:.3g}')
-        if not any(form in name for name in ran):
-            wrong.append(f"NOT RUN with tokens {tokens}: no {form} among {sorted(ran)}")
+    for laid, tokens in itertools.product((False, True), (*TOKENS, 200)):
+        if laid:
+            lay_side_by_side(w_pivots)
+            lay_side_by_side(coeffs)
+        x = torch.randn(tokens, d_in, device="cuda").to(dtype)
+        for form in (linear_siblings_gemm, linear_siblings_triton):
+            z, rest = form(x, w_pivots, coeffs)
+            found = z.split([w.shape[0] for w in w_pivots], -1), rest.split([c.shape[0] for c in coeffs], -1)
+            for i, (w_pivot, coeff, *got) in enumerate(zip(w_pivots, coeffs, *found, strict=True)):
+                exact = linear_ref(x.double(), w_pivot.double(), coeff.double())
+                torch_error = (linear(x, w_pivot, coeff) - exact).abs().max().item()
+                rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * d_in**0.5
+                bound = 2 * torch_error + rounding * exact.abs().max().item()
+                error = (torch.cat(got, -1) - exact).abs().max().item()
+                if not error <= bound:
+                    wrong.append(f"WRONG {form} {name} {which} {i} tokens {tokens} laid {laid}: "
+                                 f"error {error:.3g}, bound {bound:.3g}")  # fmt: skip
     return wrong
 
 
-def contestants(d: int, tokens: int, dtype: torch.dtype) -> dict[str, torch.cuda.CUDAGraph]:
-    """Name -> a graph that calls it once for every copy of the operands; `copies` of them."""
-    plain = torch.compile(linear, dynamic=False)
-    pifa = torch.compile(linear, backend="pifa", dynamic=False)
-    sets = [(*operands(d, d, d // 2, tokens, dtype)[:4], *others(d, dtype)) for _ in range(copies(d, dtype))]
-    return {
-        "dense": graph(lambda x, p, c, o, w, u: nn.functional.linear(x, w), sets),
-        "lowrank": graph(lambda x, p, c, o, w, u: x @ p.T @ u.T, sets),
-        "subgraph": graph(lambda x, p, c, o, w, u: plain(x, p, c, o, None), sets),
-        "pifa": graph(lambda x, p, c, o, w, u: pifa(x, p, c, o, None), sets),
-        "pifa_no_order": graph(lambda x, p, c, o, w, u: pifa(x, p, c, None, None), sets),
-    }
+class Block(nn.Module):
+    """Two siblings of one shape, and the layer that absorbs their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(256, 512), nn.Linear(256, 512), nn.Linear(512, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., 256] -> [..., 256]."""
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def copies(d: int, dtype: torch.dtype) -> int:
-    """How often the operands are there: PIFA's weights, the fewest bytes, together three times the L2 cache."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(4, -(-3 * cache // (3 * d * d // 4 * dtype.itemsize)))
+def check_model() -> list[str]:
+    """What is wrong with a small model under the backend: its values, that it does not run our forms, or copies."""
+    import pifa_compiler as pc
+
+    torch.manual_seed(0)
+    model = Block().cuda().requires_grad_(False)
+    batches = [torch.randn(1024, 256, device="cuda") for _ in range(2)]
+    pc.compress(model, batches, pc.CompressConfig(density=0.5))
+    wrong = []
+    for tokens, form, mode in (
+        (1, "siblings_kernel", None), (64, "pifa::linear_siblings_gemm", None),
+        (1, "siblings_kernel", "reduce-overhead"), (64, "gemm", "reduce-overhead"),
+    ):  # fmt: skip
+        x = torch.randn(tokens, 256, device="cuda")
+        exact = copy.deepcopy(model).double()(x.double())
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="pifa", dynamic=False, mode=mode)
+        with torch.no_grad():
+            for _ in range(3):  # compiles, records, replays
+                error = (fast(x) - exact).abs().max().item()
+            with torch.profiler.profile() as profile:  # operators and kernels
+                fast(x)
+        ran = {event.key: event.count for event in profile.key_averages()}
+        copies = sum(count for name, count in ran.items() if "Memcpy DtoD" in name)
+        if not error <= 1e-5 * exact.abs().max().item():
+            wrong.append(f'WRONG model under backend="pifa", mode {mode}, tokens {tokens}: error {error:.3g}')
+        if not any(form in name for name in ran):
+            wrong.append(f"NOT RUN, mode {mode}, tokens {tokens}: no {form} among {sorted(ran)}")
+        if copies > 2:  # the input, and the result
+            wrong.append(f"COPIED {copies} times at replay, mode {mode}, tokens {tokens}")
+    return wrong
 
 
-def others(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A dense weight and U of a low-rank pair."""
-    return torch.randn(d, d, device="cuda").to(dtype), torch.randn(d, d // 2, device="cuda").to(dtype)
-
-
-@torch.no_grad()
-def graph(call: Callable[..., Tensor], sets: list[tuple[Tensor, ...]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call for each of the operands in `sets`, compiled before."""
-    for _ in range(2):
-        call(*sets[0])
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for values in sets:
-            call(*values)
-    return captured
-
-
-def medians(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a call of each, taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds + 2):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / calls)
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Appends to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown(rows: list[dict[str, object]]) -> str:
-    """The text of gpu.md."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(line.values()) for line in rows)]
-    text = "".join(f"| {' | '.join(str(value) for value in line)} |\n" for line in lines)
-    return f"# Timed on {rows[0]['device']}\n\nWritten by `python benchmarks/gpu.py`.\n\n{text}"
-
-
-def provenance(dtype: str) -> dict[str, object]:
-    """What a figure is of: device, versions, commit, date, dtype."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "commit": commit, "date": datetime.date.today().isoformat(), "dtype": dtype,
-    }  # fmt: skip
-
-
-def run_checks(jobs: int, tune: bool) -> None:
+def run_checks(jobs: int) -> None:
     """Exits with 1 if a value is wrong."""
     wrong = check_model()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        found = [pool.submit(check, name, size, tune) for name in DTYPES for size in RAGGED]
+        found = [pool.submit(check, name, size) for name in DTYPES for size in RAGGED]
+        found += [pool.submit(check_siblings, name, which) for name in DTYPES for which in SIBLINGS]
         wrong += [line for each in found for line in each.result()]
     for line in wrong:
         print(line)
     if wrong:
         sys.exit(f"{len(wrong)} checks failed; nothing was timed")
-    print(f"{len(DTYPES) * len(RAGGED) * len(TOKENS) * 8} results and a model are right", flush=True)
-
-
-def common_options(description: str | None, *, tokens: str, rounds: int) -> argparse.ArgumentParser:
-    """The options of the GPU benchmarks, with these defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", default="2048,4096,8192")
-    parser.add_argument("--tokens", default=tokens)
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile and check values side by side")
-    return parser
+    print("all forms and a model are right", flush=True)
 
 
 def require_gpu() -> None:
@@ -215,37 +177,33 @@ def require_gpu() -> None:
 
 def main() -> None:
     """Parses the options, checks, times, writes."""
-    parser = common_options(__doc__, tokens="1,16,512,4096", rounds=50)
-    parser.add_argument("--tune", action="store_true", help="time all tiles (max_autotune) instead of the fixed ones")
-    parser.add_argument("--checks-only", action="store_true")
-    parser.add_argument("--no-checks", action="store_true", help="time only; for a second run after the checks passed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--only", default="checks,layers,models")
+    parser.add_argument("--dims", default="2048,4096,8192")
+    parser.add_argument("--tokens", default="1,16,64,512,4096")
+    parser.add_argument("--layers", type=int, default=4, help="of the model; each takes seconds to compile")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that check values side by side")
     options = parser.parse_args()
     require_gpu()
-    from torch._inductor import config
+    from pifa_compiler.bench.gpu import GpuLayerRow, GpuModelRow, gpu_layer_rows, gpu_model_rows
+    from pifa_compiler.bench.model import ModelPlan
+    from pifa_compiler.bench.rows import CsvRows
 
-    if not options.no_checks:
-        run_checks(options.jobs, options.tune)
-    if options.checks_only:
-        return
-    config.max_autotune = options.tune
-    rows: list[dict[str, object]] = []
-    for d in (int(text) for text in options.dims.split(",")):
-        for tokens in (int(text) for text in options.tokens.split(",")):
-            torch._dynamo.reset()
-            dtype = DTYPES[options.dtype]
-            found = medians(contestants(d, tokens, dtype), copies(d, dtype), options.rounds)
-            about = provenance(options.dtype)
-            rows.append({
-                **{key: about[key] for key in ("device", "torch", "triton", "commit", "date")}, "tuned": options.tune,
-                "dtype": options.dtype, "d": d, "tokens": tokens,
-                **{f"{name}_ms": round(value, 5) for name, value in found.items()},
-                "pifa_over_dense": round(found["pifa"] / found["dense"], 3),
-                "pifa_over_lowrank": round(found["pifa"] / found["lowrank"], 3),
-                "pifa_over_subgraph": round(found["pifa"] / found["subgraph"], 3),
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-    append(RESULTS / "gpu.csv", rows)
-    (RESULTS / "gpu.md").write_text(markdown(rows))
+    device, parts = torch.device("cuda"), options.only.split(",")
+    if "checks" in parts:
+        run_checks(options.jobs)
+    plan = ModelPlan(prompt_tokens=2048, decode_context=512, layers=options.layers, repeats=20)
+    dims, tokens = ([int(text) for text in numbers.split(",")] for numbers in (options.dims, options.tokens))
+    for part, row_type, rows in (
+        ("models", GpuModelRow, gpu_model_rows("llama-8x4096", plan, device, (1, 16))),
+        ("layers", GpuLayerRow, gpu_layer_rows(dims, tokens, ["bf16"], device)),
+    ):
+        if part in parts:
+            file = CsvRows(options.output / f"gpu_{part}.csv", row_type)
+            for row in rows:
+                file.append(row)
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

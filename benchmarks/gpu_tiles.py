@@ -4,31 +4,27 @@
 
 At r = d/2, in stored order: each tile in both products, the dense layer and the low-rank pair by cuBLAS, `linear_gemm`,
 and the gather of the order alone, by ATen and by Inductor. All tiles are compiled first, side by side in processes, and
-their values compared with those of `linear_gemm`; a wrong one ends the run with exit code 1. Graphs and copies as in
-gpu.py. Appends to benchmarks/results/gpu_tiles.csv: what was timed, or the tile with the programs that share a sum in
-the first and in the second product, and microseconds a call.
+their values compared with those of `linear_gemm`; a wrong one ends the run with exit code 1. Each is timed as a CUDA
+graph of calls that go round over copies of the weights, more than the L2 cache holds. Appends to
+benchmarks/results/gpu_tiles.csv: what was timed, or the tile with the programs that share a sum in the first and in the
+second product, and microseconds a call.
 """
 
+import argparse
+import csv
+import datetime
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import torch
-from gpu import (
-    DTYPES,
-    RESULTS,
-    append,
-    common_options,
-    copies,
-    graph,
-    medians,
-    operands,
-    others,
-    provenance,
-    require_gpu,
-)
+import triton
+from gpu import DTYPES, RESULTS, operands, require_gpu
 from pifa_compiler.kernels import linear_triton_decode, linear_triton_prefill
 from pifa_compiler.kernels.linear_gemm import linear_gemm
 from pifa_compiler.kernels.linear_triton_decode import MAX_TOKENS, decode
@@ -96,9 +92,77 @@ def graphs(d: int, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, str, 
         yield str(tile), splits(tile, d, tokens), graph(lambda x, p, c, o, call=call: call(x, p, c), sets)
 
 
+def copies(d: int, dtype: torch.dtype) -> int:
+    """How often the operands are there: PIFA's weights, the fewest bytes, together three times the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(4, -(-3 * cache // (3 * d * d // 4 * dtype.itemsize)))
+
+
+def others(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A dense weight and U of a low-rank pair."""
+    return torch.randn(d, d, device="cuda").to(dtype), torch.randn(d, d // 2, device="cuda").to(dtype)
+
+
+@torch.no_grad()
+def graph(call: Callable[..., Tensor], sets: list[tuple[Tensor, ...]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call for each of the operands in `sets`, compiled before."""
+    for _ in range(2):
+        call(*sets[0])
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for values in sets:
+            call(*values)
+    return captured
+
+
+def medians(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a call of each, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds + 2):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / calls)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Appends to a CSV file, with a header if it is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def provenance(dtype: str) -> dict[str, object]:
+    """What a figure is of: device, versions, commit, date, dtype."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": commit, "date": datetime.date.today().isoformat(), "dtype": dtype,
+    }  # fmt: skip
+
+
+def parse_options() -> argparse.Namespace:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", default="2048,4096,8192")
+    parser.add_argument("--tokens", default="1,16,128,512,4096")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile and check values side by side")
+    return parser.parse_args()
+
+
 def main() -> None:
     """Parses the options, compiles, checks, times, writes."""
-    options = common_options(__doc__, tokens="1,16,128,512,4096", rounds=15).parse_args()
+    options = parse_options()
     require_gpu()
     dtype = DTYPES[options.dtype]
     sizes = [(int(d), int(tokens)) for d in options.dims.split(",") for tokens in options.tokens.split(",")]

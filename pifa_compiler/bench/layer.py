@@ -145,9 +145,9 @@ def low_rank_pair(layer: PifaLinear) -> nn.Sequential:
     [I; coeff] times w_pivot would do, but its zeros are no usual factor: a reflection H, its own inverse, fills them.
     """
     w_pivot, coeff = layer.w_pivot.double(), layer.coeff.double()
-    axis = torch.randn(layer.rank, 1, dtype=torch.float64)
+    axis = torch.randn(layer.rank, 1, dtype=torch.float64, device=w_pivot.device)
     axis /= axis.norm()
-    eye = torch.eye(layer.rank, dtype=torch.float64)
+    eye = torch.eye(layer.rank, dtype=torch.float64, device=w_pivot.device)
     u = torch.cat((eye - 2 * axis @ axis.T, coeff - 2 * (coeff @ axis) @ axis.T))[layer.row_order()]
     v = w_pivot - 2 * axis @ (axis.T @ w_pivot)
     dtype = layer.w_pivot.dtype

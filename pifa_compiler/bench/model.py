@@ -40,7 +40,17 @@ BUILT_IN: Mapping[str, dict[str, Any]] = {
         "vocab_size": 1024,  # small, so that the head, which stays dense, does not weigh
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
-    }
+    },
+    "llama-8x4096": {  # eight layers of Llama-2-7B
+        "num_hidden_layers": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 1024,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
 }
 """Llamas that need no file, as settings of `LlamaConfig`."""
 
@@ -235,42 +245,17 @@ def _model_row(
 ) -> ModelRow:
     model = models["pifa"]
     linears = [module for module in model.modules() if isinstance(module, PifaLinear)]
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens + (phase == "decode") > longest:
-        raise ConfigError(f"the model takes at most {longest} tokens at once, {phase} wants {tokens}; ask for fewer")
     compiled = {name: compile_apart(models[name], BACKENDS[name], f"{phase}_{name}") for name in VARIANTS}
-    prompt = torch.randint(model.config.get_text_config(decoder=True).vocab_size, (1, tokens))
-    prepare: Callable[[], None] | None = None
-    if phase == "prefill":
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in signature(model.forward).parameters:
-            options["logits_to_keep"] = 1  # as generation does it: only the last logits choose a token
-        calls = {name: call_of(function, input_ids=prompt, **options) for name, function in compiled.items()}
-    else:
-        caches = _filled_caches(models["dense"], prompt)
-        prepare = _rewinder(list(caches.values()))
-        token = prompt[:, :1]
-        calls = {
-            name: call_of(function, input_ids=token, past_key_values=caches[name], use_cache=True)
-            for name, function in compiled.items()
-        }
-    logits = {}
-    for name, call in calls.items():
-        if prepare is not None:
-            prepare()
-        logits[name] = call().logits[:, -1].double()
-    size = logits["dense"].square().mean().sqrt()
-    errors = {name: float((found - logits["dense"]).square().mean().sqrt() / size) for name, found in logits.items()}
-    refuse_wrong(errors, model_bound(DTYPES[plan.dtype], linears), f"{phase} of {source}")
+    calls, prepare = phase_calls(models, compiled, phase, tokens)
+    errors = checked_errors(calls, prepare, model_bound(DTYPES[plan.dtype], linears), f"{phase} of {source}")
     timing = interleaved_medians(calls, plan.seconds, least=plan.repeats, prepare=prepare)
-    stored = sum(layer.w_pivot.numel() + layer.coeff.numel() + layer.rank for layer in linears)
     return ModelRow(
         source,
         phase,
         plan.dtype,
         model.config.get_text_config(decoder=True).num_hidden_layers,
         tokens,
-        stored / sum(layer.in_features * layer.out_features for layer in linears),
+        density_of(linears),
         torch.get_num_threads(),
         **{f"{name}_ms": timing.milliseconds[name] for name in VARIANTS},
         pifa_error=errors["pifa"],
@@ -278,17 +263,80 @@ def _model_row(
     )
 
 
-def _filled_caches(model: "PreTrainedModel", prompt: Tensor) -> dict[str, Any]:
-    """For each of `VARIANTS` a cache with room for one token more than `prompt`, filled by `model`."""
+def density_of(linears: Sequence[PifaLinear]) -> float:
+    """Stored numbers, of row orders too, over the numbers of the dense weights."""
+    stored = sum(layer.w_pivot.numel() + layer.coeff.numel() + layer.rank for layer in linears)
+    return stored / sum(layer.in_features * layer.out_features for layer in linears)
+
+
+def phase_calls(
+    models: Mapping[str, "PreTrainedModel"],
+    compiled: Mapping[str, Callable[..., Any]],
+    phase: str,
+    tokens: int,
+    batch: int = 1,
+) -> tuple[dict[str, Callable[[], Any]], Callable[[], None] | None]:
+    """A call of every variant for one phase, and what has to be called before each.
+
+    Args:
+        models: by variant; "dense" is one of them.
+        compiled: what to call, by variant.
+        phase, tokens: as in `ModelRow`.
+        batch: sequences.
+
+    Raises:
+        ConfigError: the model does not take so many tokens.
+    """
+    model = models["dense"]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and tokens + (phase == "decode") > longest:
+        raise ConfigError(f"the model takes at most {longest} tokens at once, {phase} wants {tokens}; ask for fewer")
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    prompt = torch.randint(vocabulary, (batch, tokens), device=model.device)
+    if phase == "prefill":
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in signature(model.forward).parameters:
+            options["logits_to_keep"] = 1  # as generation does it: only the last logits choose a token
+        return {name: call_of(function, input_ids=prompt, **options) for name, function in compiled.items()}, None
+    caches = _filled_caches(model, prompt, tuple(compiled))
+    token = prompt[:, :1]
+    calls = {
+        name: call_of(function, input_ids=token, past_key_values=caches[name], use_cache=True)
+        for name, function in compiled.items()
+    }
+    return calls, _rewinder(list(caches.values()))
+
+
+def checked_errors(
+    calls: Mapping[str, Callable[[], Any]], prepare: Callable[[], None] | None, bound: float, where: str
+) -> dict[str, float]:
+    """Root mean square of the difference from the dense model's logits, over that of those logits, by variant.
+
+    Raises:
+        BenchError: one exceeds `bound`.
+    """
+    logits = {}
+    for name, call in calls.items():
+        if prepare is not None:
+            prepare()
+        logits[name] = call().logits[:, -1].double()
+    size = logits["dense"].square().mean().sqrt()
+    errors = {name: float((found - logits["dense"]).square().mean().sqrt() / size) for name, found in logits.items()}
+    refuse_wrong(errors, bound, where)
+    return errors
+
+
+def _filled_caches(model: "PreTrainedModel", prompt: Tensor, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
+    """For each variant a cache with room for one token more than `prompt`, filled by `model`."""
     from transformers import StaticCache
 
     config = model.config.get_text_config(decoder=True)
     caches: dict[str, Any] = {}
-    for name in VARIANTS:
+    for name in variants:
         caches[name] = StaticCache(config=config, max_cache_len=prompt.shape[1] + 1)
-        if name != VARIANTS[0]:
+        if name != variants[0]:
             # All start from the same numbers, and a cache cannot be copied: its tensors are marked as static.
-            for mine, filled in zip(caches[name].layers, caches[VARIANTS[0]].layers, strict=True):
+            for mine, filled in zip(caches[name].layers, caches[variants[0]].layers, strict=True):
                 mine.lazy_initialization(filled.keys, filled.values)
                 mine.keys.copy_(filled.keys)
                 mine.values.copy_(filled.values)

@@ -65,8 +65,10 @@ def interleaved_medians(
     return Timing({name: median(times) * 1e3 for name, times in taken.items()}, rounds)
 
 
-def compile_apart(module: nn.Module, backend: str, name: str) -> Callable[..., Any]:
-    """The module compiled under a code object of its own.
+def compile_apart(
+    module: nn.Module, backend: str, name: str, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The module compiled under a code object of its own, with Inductor's `options`.
 
     Dynamo keeps compiled code by code object and tries one after the other: variants with the same one would each be
     found after those before it, and beyond a number of them none would be compiled any more.
@@ -78,7 +80,7 @@ def compile_apart(module: nn.Module, backend: str, name: str) -> Callable[..., A
     own = types.FunctionType(
         call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
     )
-    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=False, options=dict(options or {}))
     return compiled
 
 

@@ -1,18 +1,21 @@
-"""`pifa bench layer`, `pifa bench model` and `pifa bench onnx`: speed beside dense weights and low-rank pairs."""
+"""`pifa bench layer`, `pifa bench model` and `pifa bench onnx`: speed beside dense weights and low-rank pairs.
 
-from collections.abc import Callable, Sequence
+On GPUs layers and models have rows of other columns, see `bench.gpu`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import tables
-from .options import Json, ShortDtypeName, check_plot
+from .options import Json, ShortDtypeName, check_plot, device_of
 from .output import print_json, progress, work
 
 if TYPE_CHECKING:
-    from ..bench.layer import LayerRow
-    from ..bench.model import ModelRow
+    from ..bench.gpu import GpuLayerRow, GpuModelRow
+    from ..bench.rows import BenchRow
 
 MOST_THREADS = 1024
 """PyTorch starts as many as it is told, until the process dies of it."""
@@ -30,6 +33,8 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw 
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="PyTorch's threads. Default: as PyTorch chooses.")
 ]
+BenchDevice = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; rows of GPUs have other columns.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Calls of each variant on a GPU, of which medians are taken.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Timing of each variant; medians are of 5 calls or more.")]
 
 
@@ -40,8 +45,10 @@ def layer_verb(
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="DTYPE,...", help="fp32, bf16, fp16. Default: fp32,bf16.")
     ] = None,
+    device: BenchDevice = "cpu",
     threads: Threads = None,
     seconds: Seconds = 1.0,
+    rounds: Rounds = 20,
     csv: Csv = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -54,6 +61,15 @@ def layer_verb(
     counts = _numbers("--tokens", tokens or ["1,8,128,1024"], least=1)
     dtypes = _dtypes(dtype or ["fp32,bf16"])
     check_plot(plot)
+    place = device_of(device)
+    if place.type == "cuda":
+        from ..bench.gpu import GpuLayerRow, gpu_layer_rows
+
+        with work(as_json), progress("layers", as_json) as tell:
+            measured = gpu_layer_rows(sizes, counts, dtypes, place, rounds=rounds, progress=tell)
+            found = _kept(measured, csv, GpuLayerRow)
+        _show_gpu(found, ("dtype", "d", "tokens"), plot, "square layers, rank d / 2", as_json)
+        return
     rows = []
     with work(as_json):
         file = None if csv is None else CsvRows(csv, LayerRow)
@@ -77,7 +93,8 @@ def model_verb(
         typer.Argument(
             metavar="DIR_OR_CONFIG",
             help="A folder with a saved PIFA model; a config.json, or a folder with one, for random weights; "
-            "or llama-16x2048 (16 layers, hidden 2048, MLP 8192, 32 heads, 1024 tokens in the vocabulary).",
+            "or llama-16x2048 (16 layers, hidden 2048, MLP 8192, 32 heads, 1024 tokens in the vocabulary) or "
+            "llama-8x4096 (8 layers of Llama-2-7B).",
         ),
     ],
     density: Annotated[float, typer.Option(help="Of random weights, in (0, 1]; a saved model has its own.")] = 0.5,
@@ -86,6 +103,10 @@ def model_verb(
     decode_context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when one is decoded.")] = 512,
     dtype: Annotated[ShortDtypeName, typer.Option(help="What the model computes in.")] = "bf16",
     rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks of random weights are multiples of this.")] = 32,
+    device: BenchDevice = "cpu",
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="N,...", help="Sequences that a GPU decodes at a time. Default: 1.")
+    ] = None,
     threads: Threads = None,
     seconds: Seconds = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each variant even if that takes longer.")] = 5,
@@ -93,7 +114,7 @@ def model_verb(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a language model's prefill and decoding, batch 1."""
+    """Measure a language model's prefill and decoding, batch 1 on CPUs."""
     from ..bench.model import ModelPlan, ModelRow, model_rows
     from ..bench.rows import CsvRows, provenance
 
@@ -103,6 +124,16 @@ def model_verb(
     plan = ModelPlan(
         density, dtype, prompt_tokens, decode_context, layers, seconds, repeats, threads, rank_multiple=rank_multiple
     )
+    place, batches = device_of(device), _numbers("--batch", batch or ["1"], least=1)
+    if place.type == "cuda":
+        from ..bench.gpu import GpuModelRow, gpu_model_rows
+
+        with work(as_json), progress("model", as_json) as tell:
+            found = _kept(gpu_model_rows(source, plan, place, batches, progress=tell), csv, GpuModelRow)
+        _show_gpu(found, ("phase", "dtype", "batch", "tokens"), plot, source, as_json)
+        return
+    if batches != [1]:
+        raise typer.BadParameter("--batch is for GPUs; give --device cuda, or leave it out")
     rows = []
     with work(as_json):
         file = None if csv is None else CsvRows(csv, ModelRow)
@@ -149,6 +180,31 @@ def onnx_verb(
         tables.bench_onnx(rows, provenance())
 
 
+def _kept(rows: "Iterable[Any]", csv: Path | None, row_type: "type[BenchRow]") -> list[Any]:
+    """All rows, each appended to a file as it comes."""
+    from ..bench.rows import CsvRows
+
+    file, found = None if csv is None else CsvRows(csv, row_type), []
+    for row in rows:
+        found.append(row)
+        if file is not None:
+            file.append(row)
+    return found
+
+
+def _show_gpu(
+    rows: "Sequence[GpuLayerRow | GpuModelRow]", columns: Sequence[str], plot: Path | None, title: str, as_json: bool
+) -> None:
+    from ..bench.rows import provenance
+
+    if plot is not None:
+        _draw(plot, title, rows, lambda row: "\n".join(str(getattr(row, column)) for column in columns))
+    if as_json:
+        print_json({**provenance(), "rows": [row.to_dict() for row in rows]})
+    else:
+        tables.bench_gpu(rows, columns, provenance())
+
+
 def _split(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
 
@@ -173,7 +229,7 @@ def _dtypes(values: Sequence[str]) -> list[str]:
     return parts
 
 
-def _draw(plot: Path, title: str, rows: "Sequence[LayerRow | ModelRow]", label: Callable[[Any], str]) -> None:
+def _draw(plot: Path, title: str, rows: Sequence[Any], label: Callable[[Any], str]) -> None:
     """Times over the low-rank pair's, as bars."""
     from matplotlib.figure import Figure
 

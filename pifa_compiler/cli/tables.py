@@ -18,6 +18,7 @@ from ..report import Report
 if TYPE_CHECKING:
     from ..bench.compare import Row
     from ..bench.demo import DemoResult
+    from ..bench.gpu import GpuLayerRow, GpuModelRow
     from ..bench.layer import LayerRow
     from ..bench.model import ModelRow
     from ..bench.onnx import OnnxRow
@@ -166,6 +167,28 @@ def bench(rows: "Sequence[LayerRow | ModelRow]", columns: Sequence[str], origin:
                 "versions",
                 f"torch {origin['torch']}, pifa-compiler {origin['pifa_compiler']} {origin['commit']}".strip(),
             ),
+        ],
+    )
+
+
+def bench_gpu(rows: "Sequence[GpuLayerRow | GpuModelRow]", columns: Sequence[str], origin: Mapping[str, str]) -> None:
+    """Microseconds of GPU time, what of the copy rate the weights are read at, and ratios; a line for each row."""
+    names = [name.removesuffix("_ms") for name in vars(rows[0]) if name.endswith("_ms") and "wall" not in name]
+    table = Table(title="median microseconds of GPU time")
+    for title in (*columns, *(name.replace("_", " ") for name in names), "of the copy rate", "/ low-rank", "/ dense"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        times = (_number(None if (ms := getattr(row, f"{name}_ms")) is None else 1e3 * ms, ".1f") for name in names)
+        ratios = (f"{row.pifa_share:.2f}", f"{row.pifa_over_lowrank:.3f}", f"{row.pifa_over_dense:.3f}")
+        table.add_row(*(str(getattr(row, column)) for column in columns), *times, *ratios)
+    console = _console()
+    console.print(table)
+    versions = f"torch {origin['torch']}, triton {rows[0].triton}, pifa-compiler {origin['pifa_compiler']}"
+    _print_rows(
+        console,
+        [
+            ("device", f"{rows[0].device}, copies {rows[0].copy_gb_s:,.0f} GB/s"),
+            ("versions", f"{versions} {origin['commit']}".strip()),
         ],
     )
 
