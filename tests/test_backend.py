@@ -11,6 +11,7 @@ import torch
 from graphs import low_rank
 from pifa_compiler.passes import DEFAULT_PASSES, Record, Skip
 from pifa_compiler.passes.weights import SUBCLASS
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
@@ -643,3 +644,41 @@ def test_refresh_shows_compiled_code_the_pivots():
         refresh(layer)
         assert_close(fast(x), layer(x), **CLOSE)
         assert_close(fast(x), nn.functional.linear(x, layer.weight, layer.bias), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("reduce-overhead", {"triton.cudagraphs": True}),
+        ("max-autotune", {"triton.cudagraphs": True, "max_autotune": True, "coordinate_descent_tuning": True}),
+    ],
+)
+def test_modes_hand_inductor_what_torch_compile_does(
+    mode: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[dict[str, object]] = []
+
+    def compile_fx(gm, example_inputs, config_patches):
+        seen.append(config_patches)
+        return gm
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, x = Block().requires_grad_(False), torch.randn(4, 32)
+    assert_close(torch.compile(model, backend="pifa", mode=mode)(x), model(x), **CLOSE)
+    assert seen == [options]
+
+
+@pytest.mark.slow
+def test_a_model_generates_with_a_static_cache_under_cuda_graphs_as_it_does_eagerly():
+    """On CPUs Inductor leaves the graphs out; all else is the same."""
+    model = tiny_llama(num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        factors = factorize(attention.get_submodule(name).weight.data, rank=8)
+        attention.set_submodule(name, PifaLinear.from_factors(factors))
+    model.requires_grad_(False)
+    prompt = torch.arange(2, 7)[None]
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "pad_token_id": 1}
+    wanted = model.generate(prompt, **options, disable_compile=True)
+    model.forward = torch.compile(model.forward, backend="pifa", mode="reduce-overhead")
+    assert torch.equal(model.generate(prompt, **options, disable_compile=True), wanted)
