@@ -130,7 +130,7 @@ def distill(
         )
         found = training.run()
         found.notes = [*notes, *found.notes]
-        student.give_back(student.values())
+        student.give_back(training.best_values())
     return _report(model, report, found)
 
 
@@ -171,8 +171,7 @@ def _objective(teacher: nn.Module, call: Call, config: DistillConfig) -> Predict
 
 def _report(model: nn.Module, known: Report | None, found: DistillReport) -> Report:
     """What is known of the model, without what training has changed."""
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
-    settings = settings if isinstance(settings, dict) else {}
+    settings = dict(getattr(getattr(model, "config", None), "quantization_config", None) or {})
     if known is None:
         known = Report(settings.get("method") or "unknown", settings.get("density_requested"))
         for name, layer in model.named_modules():

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from .. import interrupts
 from ..errors import PifaError
-from . import bench, compare, compress, demo, evaluate, export, inspect
+from . import bench, compare, compress, demo, distill, evaluate, export, inspect
 
 
 class _Verbs(TyperGroup):
@@ -88,6 +88,7 @@ def _options(
 
 
 app.command("compress", no_args_is_help=True, epilog=compress.EXAMPLE)(compress.compress_verb)
+app.command("distill", no_args_is_help=True, epilog=distill.EXAMPLE)(distill.distill_verb)
 app.command("eval", no_args_is_help=True, epilog=evaluate.EVAL_EXAMPLE)(evaluate.eval_verb)
 app.command("generate", no_args_is_help=True, epilog=evaluate.GENERATE_EXAMPLE)(evaluate.generate_verb)
 app.command("inspect", no_args_is_help=True, epilog=inspect.EXAMPLE)(inspect.inspect_verb)

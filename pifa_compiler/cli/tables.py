@@ -58,6 +58,23 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
     _print_rows(console, rows)
 
 
+def distillation(report: Report, output: Path, data: str, device: str) -> None:
+    """What `pifa distill` has done, and what to do next."""
+    console, where, found = _console(), shlex.quote(str(output)), report.distillation
+    assert found is not None  # noqa: S101  it was distilled
+    rows = [
+        ("saved", f"{output} ({_bytes(folder_bytes(output))})"),
+        ("trained", f"{found.trained:,} numbers, {len(found.steps)} steps, {found.seconds:.0f} s on {device}"),
+        (
+            "held out",
+            f"{found.loss} loss {found.held_out_before:.4f} -> {found.held_out_after:.4f}, step {found.best_step}",
+        ),
+    ]
+    rows += [("note", note) for note in found.notes]
+    measured_on = "pydoc" if data == "self" else shlex.quote(data)
+    _print_rows(console, [*rows, ("next", f"pifa eval {where} --data {measured_on}")])
+
+
 def plan(found: "Plan", device: str) -> None:
     """What `pifa compress --dry-run` says."""
     needs = found.needs

@@ -47,7 +47,7 @@ class DistillConfig:
     steps: int | None = None
     minutes: float | None = None
     learning_rate: float = 3e-4
-    warmup: float = 0.05
+    warmup: float = 0.1
     batches_per_step: int = 8
     clip: float = 1.0
     train: tuple[str, ...] = ("factors", "norms", "biases")
@@ -56,7 +56,7 @@ class DistillConfig:
     text_share: float = 0.0
     top_k: int | None = None
     evaluations: int = 10
-    patience: int = 3
+    patience: int = 5
     bfloat16: bool = True
     memory: str | int | None = None
     shard: bool = False

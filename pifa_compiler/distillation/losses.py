@@ -22,11 +22,11 @@ _MORE_ROWS = 1024
 
 @dataclass(frozen=True)
 class TopK:
-    """The k likeliest tokens at every place; all others together have what is missing to 1.
+    """The k likeliest tokens at every place, and all others as one.
 
     Attributes:
         tokens: [rows, k], int32.
-        log_probabilities: theirs, at the run's temperature, [rows, k], float16.
+        log_probabilities: theirs, at the run's temperature, and last that of all others, [rows, k + 1], float16.
     """
 
     tokens: Tensor
@@ -38,8 +38,10 @@ class TopK:
         flat = logits.flatten(0, -2)
         found = []
         for rows in flat.split(_rows_at_once(flat)):
-            values, tokens = (rows.float() / temperature).log_softmax(dim=1).topk(min(k, flat.shape[1]))
-            found.append((tokens.int(), values.half()))
+            log_p = (rows.float() / temperature).log_softmax(dim=1)
+            values, tokens = log_p.topk(min(k, flat.shape[1]))
+            rest = log_p.scatter(1, tokens, -torch.inf).logsumexp(dim=1, keepdim=True)
+            found.append((tokens.int(), torch.cat((values, rest), dim=1).half()))
         tokens, values = (torch.cat(each) for each in zip(*found, strict=True))
         return cls(tokens, values)
 
@@ -134,16 +136,14 @@ def _to_all(log_q: Tensor, target: Any, rows: slice, temperature: float) -> tupl
 
 def _to_top_k(log_q: Tensor, target: Any, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
     """The same, where of p the likeliest tokens are known; all others are one event, in q as in p."""
-    at, log_p = target.tokens[rows].long(), target.log_probabilities[rows].to(log_q.dtype)
-    p, q, least = log_p.exp(), log_q.exp(), torch.finfo(log_q.dtype).tiny
+    at, log_p = target.tokens[rows].long(), target.log_probabilities[rows].to(log_q.dtype).log_softmax(dim=1)
+    p, q = log_p.exp(), log_q.exp()
     known = q.gather(1, at)
-    p_rest = (1 - p.sum(dim=1)).clamp_min(0)
     # What the others have is their sum, not what is missing to 1: that would be rounding errors where it is little.
-    q_rest = q.scatter(1, at, 0).sum(dim=1).clamp_min(least)
-    loss = (p * (log_p - log_q.gather(1, at))).sum(dim=1)
-    loss = loss + torch.where(p_rest > 0, p_rest * (p_rest.clamp_min(least).log() - q_rest.log()), 0)
-    slope = q.mul_((p.sum(dim=1) + p_rest - p_rest / q_rest)[:, None])
-    return loss, slope.scatter_(1, at, known * (p.sum(dim=1) + p_rest)[:, None] - p)
+    q_rest = q.scatter(1, at, 0).sum(dim=1, keepdim=True).clamp_min(torch.finfo(log_q.dtype).tiny)
+    log_known = torch.cat((log_q.gather(1, at), q_rest.log()), dim=1)
+    loss = (p * (log_p - log_known)).nan_to_num_(nan=0.0).sum(dim=1)
+    return loss, q.mul_(1 - p[:, -1:] / q_rest).scatter_(1, at, known - p[:, :-1])
 
 
 def relative_error(states: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -139,12 +139,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Spreads a model's weights over processes (FSDP2), block by block; gradients are summed, not averaged."""
+    """Spreads a model's weights over processes (FSDP2), block by block; gradients are means over the processes."""
     from torch.distributed.fsdp import fully_shard
 
     for module in (*blocks_of(model), model):
-        sharded: Any = fully_shard(module, mesh=mesh)
-        sharded.set_gradient_divide_factor(1.0)
+        fully_shard(module, mesh=mesh)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -77,8 +77,13 @@ class Training:
         self._started = self._saved = time.monotonic()
         self._orders: dict[int, list[int]] = {}
 
+    def best_values(self) -> dict[str, Tensor]:
+        """What is trained, whole, in its best state; nothing if that is the one to start with."""
+        found = load_tensors(self.folder / _BEST) if self.best_step else None
+        return {} if found is None else found[0]
+
     def run(self) -> DistillReport:
-        """Trains, and leaves the student in its best state.
+        """Trains; `best_values` has the result.
 
         A KeyboardInterrupt ends the run as its end would, if this process is alone in it.
 
@@ -98,11 +103,7 @@ class Training:
                 raise  # the others may wait for this one
             interrupted = True
             notes.append(f"interrupted after {len(self.rows)} steps; the best state until then was kept")
-        if self.best_step:
-            found = load_tensors(self.folder / _BEST)
-            if found is not None:
-                self.student.set(found[0])
-        else:
+        if not self.best_step:
             notes.append("no state was better on the held-out batches than the one to start with, which was kept")
         return DistillReport(
             loss=self.objective.name,
@@ -163,11 +164,11 @@ class Training:
             with self.autocast(), torch.enable_grad():
                 output = self.objective.output(self.student.copy, call)
                 part = self.objective.loss(output, target, call, scale if counts else 0.0)
-            del target
-            with torch.enable_grad():
-                part.backward()
-            del output
             loss += part.detach()
+            del target
+            # FSDP2 divides sums of gradients by the number of processes.
+            part.backward(torch.tensor(float(self.processes.size if self.config.shard else 1), device=part.device))
+            del output
         self._sum_gradients()
         total = float(self.processes.sum({"loss": loss})["loss"])
         norm = put_together(
@@ -260,7 +261,7 @@ class Training:
                 steps = int(state["step"])
         notes = {
             **{"steps": steps, "seconds": self._seconds(), "before": self.before, "reserve": self.schedule.reserve},
-            **{"best": self.best, "best_step": self.best_step, "rows": [asdict(row) for row in self.rows]},
+            "rows": [asdict(row) for row in self.rows],
         }
         self._write(_STATE, tensors, notes)
         self._saved = time.monotonic()
@@ -280,7 +281,7 @@ class Training:
         with whole(path):
             notes = json.loads(found[1]["notes"])
             self._earlier, self._started = notes["seconds"], time.monotonic()
-            self.before, self.best, self.best_step = notes["before"], notes["best"], notes["best_step"]
+            self.before = self.best = notes["before"]
             self.schedule.reserve = notes["reserve"]
             self.rows = [StepRow(**row) for row in notes["rows"]]
             self.student.set({name: tensors[f"value {name}"] for name in self.student.parameters})
@@ -292,4 +293,10 @@ class Training:
                     state[moment] = torch.zeros_like(parameter.detach())
                     put(state[moment], tensors[f"{moment} {name}"])
                 self.optimizer.state[parameter] = state
+        # Its own file says what it holds: it may have been written after the state.
+        best = load_tensors(self.folder / _BEST, None)
+        if best is not None:
+            with whole(self.folder / _BEST):
+                notes = json.loads(best[1]["notes"])
+                self.best, self.best_step = notes["held_out"], notes["step"]
         return True

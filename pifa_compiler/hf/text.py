@@ -53,6 +53,28 @@ def calibration_batches(
     return calibration_windows(tokenize(tokenizer, read_text(source, "calibration")), samples, seqlen, seed)
 
 
+def training_batches(
+    source: str,
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seqlen: int = 2048,
+    samples: int = 128,
+    seed: int = 0,
+) -> list[Tensor]:
+    """All of the calibration part of `source` in consecutive windows [1, seqlen], int64.
+
+    Of the source "self" there is no end: `samples` windows, as `calibration_batches` makes them.
+
+    Raises:
+        DataError, ConfigError, CalibrationError: as there.
+    """
+    if source == "self":
+        return calibration_batches(source, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+    _check_fit(model, tokenizer, seqlen)
+    return consecutive_windows(tokenize(tokenizer, read_text(source, "calibration")), seqlen)
+
+
 def evaluation_batches(
     source: str, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int = 2048, limit: int | None = None
 ) -> list[Tensor]:

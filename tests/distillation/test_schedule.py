@@ -1,0 +1,26 @@
+"""The learning rate comes to its end with the steps, or with the minutes."""
+
+import pytest
+
+from pifa_compiler.distillation.config import DistillConfig
+from pifa_compiler.distillation.schedule import Schedule
+
+
+def test_it_rises_falls_and_ends_at_zero() -> None:
+    schedule = Schedule(DistillConfig(steps=100, learning_rate=1.0, warmup=0.1))
+    rates = [schedule.learning_rate(schedule.share(step, 0.0), 0.01) for step in range(100)]
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates.index(max(rates)) == 10
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] == pytest.approx(0.05)
+    assert 0 < rates[-1] < 1e-3
+    assert schedule.share(100, 0.0) == 1
+
+
+def test_by_the_clock_it_leaves_time_for_the_last_evaluation() -> None:
+    schedule = Schedule(DistillConfig(minutes=2))
+    assert schedule.share(7, 60) == 0.5
+    schedule.reserve = 20
+    assert schedule.share(7, 50) == 0.5
+    assert schedule.share(7, 100) == schedule.share(7, 500) == 1

@@ -1,0 +1,93 @@
+"""The copy that is trained, and its way back into the model."""
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from pifa_compiler.distillation.student import Student, blocks_of, trained_names
+from pifa_compiler.errors import ConfigError
+from pifa_compiler.factors import factorize
+from pifa_compiler.modules import replace_linear
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """One layer in PIFA form."""
+    model = tiny_llama(attention_bias=True)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    replace_linear(model, "model.layers.0.mlp.up_proj", factorize(weight.detach(), rank=5))
+    return model
+
+
+FACTORS = ["model.layers.0.mlp.up_proj.w_pivot", "model.layers.0.mlp.up_proj.coeff"]
+
+
+def test_kinds_and_patterns_name_parameters(model: nn.Module) -> None:
+    assert trained_names(model, ("factors",)) == FACTORS
+    norms = trained_names(model, ("norms",))
+    assert len(norms) == 5
+    assert all(name.endswith("norm.weight") for name in norms)
+    assert all(name.endswith("_proj.bias") for name in trained_names(model, ("biases",)))
+    assert trained_names(model, ("*.1.*up_proj.weight", "factors")) == [*FACTORS, "model.layers.1.mlp.up_proj.weight"]
+
+
+def test_what_names_nothing_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"no parameter of LlamaForCausalLM is called '\*.w_pivots'"):
+        trained_names(model, ("*.w_pivots",))
+    with pytest.raises(ConfigError, match="has none of factors to train: compress"):
+        trained_names(tiny_llama(), ("factors",))
+
+
+def test_a_student_shares_what_it_does_not_train_and_leaves_the_model_alone(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    model.train()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    student = Student(model, FACTORS, torch.device("cpu"))
+    theirs, ours = dict(student.copy.named_parameters()), dict(model.named_parameters())
+    assert [name for name, each in theirs.items() if each.requires_grad] == FACTORS == list(student.parameters)
+    assert all(each.requires_grad for each in ours.values())
+    assert model.training
+    assert not student.copy.training
+    shared = [name for name in ours if theirs[name].data_ptr() == ours[name].data_ptr()]
+    assert shared == [name for name in ours if name not in FACTORS]
+    with torch.no_grad():
+        for each in student.parameters.values():
+            each.add_(1)
+    assert all(torch.equal(each, before[name]) for name, each in ours.items())
+    student.give_back(student.values())
+    assert all(torch.equal(ours[name], before[name] + (name in FACTORS)) for name in ours)
+
+
+def test_values_return_in_the_models_dtype(model: nn.Module) -> None:
+    model.to(torch.bfloat16)
+    student = Student(model, FACTORS, torch.device("cpu"))
+    assert {each.dtype for each in student.copy.parameters()} == {torch.float32}
+    student.give_back({name: value + 0.001 for name, value in student.values().items()})
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+
+
+def test_all_values_return_or_none(model: nn.Module) -> None:
+    student = Student(model, FACTORS, torch.device("cpu"))
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    odd = {**{name: value + 1 for name, value in student.values().items()}, FACTORS[1]: torch.ones(2, 2).long().bool()}
+    odd[FACTORS[1]] = torch.ones(3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        student.give_back(odd)
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+
+
+def test_computing_twice_changes_no_gradient(model: nn.Module) -> None:
+    ids = torch.randint(0, 64, (1, 12))
+    found = []
+    for twice in (False, True):
+        student = Student(model, FACTORS, torch.device("cpu"))
+        if twice:
+            student.compute_twice()
+        student.copy(ids, use_cache=False).logits.square().sum().backward()
+        found.append([each.grad for each in student.parameters.values()])
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again)
+    assert len(blocks_of(model)) == 2
