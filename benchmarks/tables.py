@@ -112,6 +112,17 @@ def quality_data() -> str:
     return table(["file", "SHA-256"], [[f"`{name}`", f"`{found}`"] for name, found in hashes.items()])
 
 
+def architectures() -> str:
+    """The architectures that tests/test_architectures.py goes through."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from architectures import ARCHITECTURES
+
+    kinds: dict[str, list[str]] = {}
+    for each in ARCHITECTURES:
+        kinds.setdefault(each.kind, []).append(each.shown)
+    return table(["", "architectures"], [[kind, ", ".join(names)] for kind, names in kinds.items()])
+
+
 def speed_models() -> str:
     """Whole models, beside the dense ones and beside low-rank pairs of the same ranks."""
     rows = _csv("bench_model.csv")
@@ -207,6 +218,7 @@ def options(*path: str) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "architectures": architectures,
     "quality": quality,
     "domains": domains,
     "quality-rows": quality_rows,
@@ -218,7 +230,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{
         "-".join(("options", *path)): (lambda path=path: options(*path))
         for path in (
-            *(("compress",), ("eval",), ("inspect",), ("generate",), ("compare",), ("demo",), ("export",)),
+            *(("compress",), ("distill",), ("eval",), ("inspect",), ("generate",), ("compare",), ("demo",), ("export",)),
             *(("bench", "layer"), ("bench", "model"), ("bench", "onnx")),
         )
     },
