@@ -12,8 +12,8 @@ from ..files import check_opens
 if TYPE_CHECKING:
     import torch
 
-MethodName = Literal["two-sided", "optimal", "mpifa", "svd-llm", "asvd", "svd"]
-AllocatorName = Literal["global", "uniform", "attn-mlp", "owl", "d-rank"]
+MethodName = Literal["two-sided", "optimal", "mpifa", "svd-llm", "lord", "fwsvd", "asvd", "svd"]
+AllocatorName = Literal["global", "uniform", "attn-mlp", "owl", "d-rank", "welore"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 ShortDtypeName = Literal["fp32", "bf16", "fp16"]
 

@@ -189,6 +189,36 @@ def d_rank(sets: Sequence[Set], budget: Budget) -> Ranks:
     return _minimise(sets, curves, budget)
 
 
+def welore(sets: Sequence[Set], budget: Budget) -> Ranks:
+    """WeLore (arXiv 2407.11239, section 3): singular values, each weight's by its largest, above one threshold for all.
+
+    Looks at no data. The threshold is the least that the budget allows; weights of which so many values are above it
+    that a low rank would store more stay dense.
+    """
+    for layers in sets:
+        budget.equal_share(layers)  # refuses a density that leaves no room for rank 1
+    squared = [torch.stack([_seen(layer) for layer in layers]) for layers in sets]
+    shares = [(values / values[:, :1].clamp(min=1e-300)).sqrt() for values in squared]
+
+    def ranks_above(threshold: float) -> Ranks:
+        found: Ranks = []
+        for layers, values in zip(sets, shares, strict=True):
+            rank = max(int((values > threshold).sum()) // len(layers), 1)
+            rank = rank - rank % budget.multiple or rank
+            dense = stored_numbers(*layers[0].shape, rank) >= layers[0].numbers
+            found.append(None if dense else rank)
+        return found
+
+    low, high = 0.0, 1.0
+    for _ in range(50):  # down to 2^-50, finer than singular values are known
+        middle = (low + high) / 2
+        if _stored(sets, ranks_above(middle)) <= budget.numbers(sets):
+            high = middle
+        else:
+            low = middle
+    return ranks_above(high)
+
+
 def globally(sets: Sequence[Set], budget: Budget) -> Ranks:
     """Predictions moved least in all, to second order; least relative output errors where gradients are unknown.
 
@@ -207,12 +237,17 @@ def _without_gradients(weight: Tensor, gram: Tensor, gradient_gram: Tensor | Non
     return squared_singular_values(weight, gram)
 
 
+def _of_the_weight(weight: Tensor, gram: Tensor, gradient_gram: Tensor | None = None) -> Tensor:
+    return squared_singular_values(weight, None)
+
+
 ALLOCATORS: Mapping[str, Allocator] = {
     "global": Allocator(globally, squared_singular_values),
     "uniform": Allocator(uniform),
     "attn-mlp": Allocator(attention_mlp, _without_gradients),
     "owl": Allocator(owl, count_outliers),
     "d-rank": Allocator(d_rank, _without_gradients),
+    "welore": Allocator(welore, _of_the_weight),
 }
 """By the name that `CompressConfig(allocator=...)` and `pifa compress --allocator` take."""
 
@@ -247,6 +282,14 @@ def _size(layers: Set) -> int:
     return sum(layer.numbers for layer in layers)
 
 
+def _stored(sets: Sequence[Set], ranks: Ranks) -> int:
+    """Numbers of all layers at these ranks."""
+    return sum(
+        _size(layers) if rank is None else len(layers) * stored_numbers(*layers[0].shape, rank)
+        for layers, rank in zip(sets, ranks, strict=True)
+    )
+
+
 def _block_of(name: str) -> str:
     found = re.match(r"(.*?\b\d+)\b", name)
     return found[1] if found else name
@@ -279,10 +322,7 @@ def _by_density(sets: Sequence[Set], densities: Sequence[float], budget: Budget)
         lost.append(1 - rank / exact)
     if budget.multiple == 1:
         return ranks  # exact ranks leave less than a row each
-    cost = [
-        len(layers) * stored_numbers(*layers[0].shape, rank) if rank is not None else _size(layers)
-        for layers, rank in zip(sets, ranks, strict=True)
-    ]
+    cost = [_stored([layers], [rank]) for layers, rank in zip(sets, ranks, strict=True)]
     left = budget.numbers(sets) - sum(cost)
     for index in sorted(range(len(sets)), key=lambda index: -lost[index]):
         layers, given = sets[index], ranks[index]

@@ -114,6 +114,41 @@ def svd_llm(statistics: Statistics, options: MethodOptions) -> Solve:
     return solve
 
 
+def fwsvd(statistics: Statistics, options: MethodOptions) -> Solve:
+    """FWSVD (arXiv 2207.00112, section 4): SVD of D W, D^2 the Fisher information of each row of the weight.
+
+    A row's Fisher information, summed over its numbers, is the sum of g^2 |x|^2 over tokens, g the gradient at its
+    output. Here it is G's diagonal, for tokens of one norm |x|, which a norm layer in front makes them.
+    """
+
+    def solve(weight: Tensor, rank: int, gradient_gram: Tensor | None = None) -> LowRank:
+        if gradient_gram is None:
+            return LowRank(*truncate(weight, rank), ("no gradients: rows of one weight",))
+        fisher = gradient_gram.diagonal().double().clamp(min=0)
+        importance = (fisher + options.gradient_damping * fisher.mean()).sqrt()
+        if not bool((importance > 0).all()):  # nothing depends on this output
+            return LowRank(*truncate(weight, rank))
+        u, v = truncate(importance[:, None] * weight, rank)
+        return LowRank(u / importance[:, None], v)
+
+    return solve
+
+
+def lord(statistics: Statistics, options: MethodOptions) -> Solve:
+    """LoRD (arXiv 2309.14021), as AFM and LLM-ROM (2312.07046): outputs projected onto their principal directions.
+
+    Q Q^T W, Q the leading eigenvectors of the outputs' Gram matrix W A W^T in the model that is compressed up to here
+    (as LLM-ROM has it). Without AFM's means, which take a bias that most layers have not.
+    """
+
+    def solve(weight: Tensor, rank: int) -> LowRank:
+        outputs = weight @ statistics.gram @ weight.T
+        leading = torch.linalg.eigh((outputs + outputs.T) / 2).eigenvectors[:, -rank:]
+        return LowRank(leading, leading.T @ weight)
+
+    return solve
+
+
 def mpifa(statistics: Statistics, options: MethodOptions) -> Solve:
     """M as published (arXiv 2501.19090, section 4): SVD-LLM's start, then U once, then V once.
 
@@ -169,6 +204,8 @@ METHODS: Mapping[str, Method] = {
     "optimal": Method(optimal, two_flows=True),
     "mpifa": Method(mpifa, two_flows=True, dense_gram=True),
     "svd-llm": Method(svd_llm),
+    "lord": Method(lord, two_flows=True),
+    "fwsvd": Method(fwsvd, gradients=True),
     "asvd": Method(asvd),
     "svd": Method(svd),
 }

@@ -82,7 +82,7 @@ def test_the_budget_is_kept_and_spent(name, density, multiple):
     ranks = ranks_of(name, sets, Budget(density, multiple))
     total = sum(layer.weight.numel() for layers in sets for layer in layers)
     assert stored(sets, ranks) <= density * total
-    if name in ("global", "d-rank") and multiple == 1:
+    if name in ("global", "d-rank", "welore") and multiple == 1:
         assert stored(sets, ranks) > (density - 0.01) * total
     for layers, rank in zip(sets, ranks, strict=True):
         assert rank is None or rank % multiple == 0 or rank < multiple
@@ -123,6 +123,18 @@ def test_d_rank_gives_more_to_flat_spectra():
     sets = [[Linear(name, weight, gram=torch.eye(40))] for name, weight in (("0", steep), ("1", flat))]
     first, second = ranks_of("d-rank", sets, Budget(0.5, 1))
     assert first < second
+
+
+def test_welore_cuts_all_spectra_at_one_share_of_their_largest_value():
+    values = torch.linspace(1, 0.1, 40)
+    sets = [
+        [Linear(name, size * torch.diag(values**power), gram=torch.eye(40))]
+        for name, size, power in (("0", 1.0, 1), ("1", 100.0, 3))
+    ]
+    first, second = ranks_of("welore", sets, Budget(0.5, 1))
+    threshold = float(values[first - 1])
+    assert second in (int((values**3 > threshold).sum()), int((values**3 >= 0.999 * threshold).sum()) + 1)
+    assert second < first
 
 
 def test_owl_keeps_more_of_blocks_with_outliers_within_its_spread():
