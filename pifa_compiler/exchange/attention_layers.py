@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..dense_weight import DenseWeight
-from ..modules import module_at
+from ..linear import PifaLinear
+from ..modules import bias_of, module_at
 from .allowed import Exchangeable, why_marked
 from .atomic import Exchange
 
@@ -26,6 +27,11 @@ class AttentionLayers(nn.Module):
         attention: the module to take over from. Weights of queries, keys and values are copied if they lie in one
             parameter; the last projection is the same layer.
     """
+
+    q_proj: nn.Linear | PifaLinear
+    k_proj: nn.Linear | PifaLinear
+    v_proj: nn.Linear | PifaLinear
+    out_proj: nn.Linear | PifaLinear
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -61,8 +67,8 @@ class AttentionLayers(nn.Module):
     @property
     def in_proj_bias(self) -> Tensor | None:
         """Their biases, [3 * embed_dim], read-only."""
-        biases = [layer.bias for layer in (self.q_proj, self.k_proj, self.v_proj)]
-        return None if biases[0] is None else torch.cat(biases)
+        biases = [bias for layer in (self.q_proj, self.k_proj, self.v_proj) if (bias := bias_of(layer)) is not None]
+        return torch.cat(biases) if biases else None
 
     def forward(
         self,
