@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 import typer
@@ -155,7 +156,7 @@ def attempt(line: list[str]) -> tuple[int, str | None]:
 
 def run(count: int, first: int) -> tuple[collections.Counter[int], list[str]]:
     """Exit codes of command lines from a seed on, until `count` were refused; and what went wrong, with its seed."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     codes: collections.Counter[int] = collections.Counter()
