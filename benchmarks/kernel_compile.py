@@ -23,7 +23,9 @@ from pifa_compiler.kernels.linear_triton_tiles import (
     decode_tiles,
     fixed_decode_tile,
     fixed_prefill_tile,
+    fixed_siblings_tile,
     prefill_tiles,
+    siblings_tiles,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -124,6 +126,8 @@ class Figures:
 
 def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The list that autotuning tries."""
+    if kernel.startswith("siblings"):
+        return siblings_tiles(ITEMSIZE[dtype], 17 if kernel.endswith("prefill") else _block_m(kernel), hip)
     if kernel.endswith("prefill"):
         return prefill_tiles(ITEMSIZE[dtype], hip)
     return decode_tiles(ITEMSIZE[dtype], _block_m(kernel), hip)
@@ -136,7 +140,10 @@ def _block_m(kernel: str) -> int:
 def fixed_tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The tiles taken without autotuning, over all numbers of tokens and rows."""
     size = ITEMSIZE[dtype]
-    if kernel.endswith("prefill"):
+    if kernel.startswith("siblings"):
+        buckets = (128, 1024, 2**31) if kernel.endswith("prefill") else (_block_m(kernel),)
+        found = [fixed_siblings_tile(rows, bucket, size, hip) for bucket in buckets for rows in (1, 2**31)]
+    elif kernel == "prefill":
         found = [fixed_prefill_tile(bucket, size, hip) for bucket in (128, 1024, 2**31)]
     else:
         found = [fixed_decode_tile(rows, size, _block_m(kernel), hip) for rows in (1, 2**31)]

@@ -25,7 +25,7 @@ from .linear_siblings_gemm import check_siblings, shapes_of_siblings
 from .linear_triton_decode import MAX_TOKENS, product
 from .linear_triton_operator import MAX_STRIDE, precision_of_float32, tunes
 from .linear_triton_prefill import GROUP_M, store_tile
-from .linear_triton_tiles import decode_tiles, fixed_decode_tile, fixed_prefill_tile, prefill_tiles, tokens_bucket
+from .linear_triton_tiles import fixed_siblings_tile, siblings_tiles, tokens_bucket
 
 AT_ONCE = 3
 """Siblings of one launch: query, key and value. More take several."""
@@ -91,9 +91,8 @@ def siblings_kernel(
 
 @cache
 def _tuned(itemsize: int, block_m: int, hip: bool) -> triton.runtime.Autotuner:
-    tiles = prefill_tiles(itemsize, hip) if block_m > MAX_TOKENS else decode_tiles(itemsize, block_m, hip)
-    key = ["BUCKET", "N0", "N1", "N2", "K0", "K1", "K2"]
-    return triton.autotune([tile.config() for tile in tiles], key=key)(siblings_kernel)
+    configs = [tile.config() for tile in siblings_tiles(itemsize, block_m, hip)]
+    return triton.autotune(configs, key=["BUCKET", "N0", "N1", "N2", "K0", "K1", "K2"])(siblings_kernel)
 
 
 def multiply_siblings(
@@ -109,18 +108,15 @@ def multiply_siblings(
         precision, tune: as in `prefill`.
     """
     tokens, hip, itemsize = a.shape[0], torch.version.hip is not None, weights[0].element_size()
-    few = tokens <= MAX_TOKENS
-    block_m = 1 if tokens == 1 else MAX_TOKENS if few else MAX_TOKENS + 1
     bucket = tokens_bucket(tokens)
+    block_m = min(bucket, MAX_TOKENS + 1)
     kernel = wrap_triton(_tuned(itemsize, block_m, hip) if tune else siblings_kernel)
     from_a, from_y = 0, 0
     for start in range(0, len(weights), AT_ONCE):
         some = list(weights[start : start + AT_ONCE])
         missing = AT_ONCE - len(some)
         rows, terms = [w.shape[0] for w in some] + [0] * missing, [w.shape[1] for w in (*some, *some[:1] * missing)]
-        tile = (
-            fixed_decode_tile(max(rows), itemsize, block_m, hip) if few else fixed_prefill_tile(bucket, itemsize, hip)
-        )
+        tile = fixed_siblings_tile(max(rows), bucket, itemsize, hip)
         kernel[lambda meta, rows=rows: (_programs(tokens, rows, meta),)](
             a, *some, *some[:1] * missing, y, tokens, a.stride(0), y.shape[1],
             N0=rows[0], N1=rows[1], N2=rows[2], K0=terms[0], K1=terms[1], K2=terms[2],

@@ -128,6 +128,27 @@ def fixed_decode_tile(rows: int, itemsize: int, block_m: int, hip: bool) -> Tile
     return decode_tiles(itemsize, block_m, hip)[1 if many else 0]
 
 
+_SPILLING_WITH_SIBLINGS = {(4, "64x64x16-w4-s3"), (4, "1x4x1024-w4-s1"), (2, "16x32x256-w4-s4")}
+"""By itemsize: tiles whose registers do not hold the choice of a sibling as well, on one of the chips."""
+
+
+def siblings_tiles(itemsize: int, block_m: int, hip: bool) -> tuple[Tile, ...]:
+    """Tiles of the products of siblings over one token (`block_m` 1), 2 to 16 (`block_m` 16) or more (above)."""
+    tiles = prefill_tiles(itemsize, hip) if block_m > 16 else decode_tiles(itemsize, block_m, hip)
+    return tuple(tile for tile in tiles if hip or (itemsize, str(tile)) not in _SPILLING_WITH_SIBLINGS)
+
+
+def fixed_siblings_tile(rows: int, bucket: int, itemsize: int, hip: bool) -> Tile:
+    """The tile without tuning, for weights of at most `rows` rows and a bucket of tokens: that of one linear if it can.
+
+    Its time with siblings is not known.
+    """
+    few = bucket <= 16
+    alone = fixed_decode_tile(rows, itemsize, bucket, hip) if few else fixed_prefill_tile(bucket, itemsize, hip)
+    tiles = siblings_tiles(itemsize, bucket, hip)
+    return alone if alone in tiles else tiles[0]
+
+
 def tokens_bucket(tokens: int) -> int:
     """The largest number of tokens that is tuned together with `tokens`; each bucket is compiled once."""
     return next((bucket for bucket in (1, 16, 128, 1024) if tokens <= bucket), 2**31)

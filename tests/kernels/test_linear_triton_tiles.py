@@ -13,7 +13,9 @@ from pifa_compiler.kernels.linear_triton_tiles import (
     decode_tiles,
     fixed_decode_tile,
     fixed_prefill_tile,
+    fixed_siblings_tile,
     prefill_tiles,
+    siblings_tiles,
     tokens_bucket,
 )
 
@@ -53,6 +55,8 @@ def test_fixed_tiles_are_among_those_that_are_tuned():
     for size, hip in itertools.product((2, 4), (False, True)):
         for bucket in (128, 1024, 2**31):
             assert fixed_prefill_tile(bucket, size, hip) in prefill_tiles(size, hip)
+        for bucket, rows in itertools.product((1, 16, 128, 1024, 2**31), (1, 4096)):
+            assert fixed_siblings_tile(rows, bucket, size, hip) in siblings_tiles(size, bucket, hip)
         for block_m, rows in itertools.product((1, 16), (1, 4095, 4096, 2**20)):
             assert fixed_decode_tile(rows, size, block_m, hip) in decode_tiles(size, block_m, hip)
 
