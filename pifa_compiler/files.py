@@ -208,11 +208,12 @@ def check_opens(file: Path, refusal: type[PifaError]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes or replaces a text file, wholly or not at all.
+    """Writes or replaces a text file, wholly or not at all; parents are made.
 
     Raises:
         OSError: it cannot be written.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     with draft_in(file.parent) as draft:
         (draft.new / file.name).write_text(text, encoding="utf-8")
         draft.take_place(replace=True)

@@ -184,8 +184,9 @@ def test_the_longest_name_is_as_good_as_any(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / ("x" * 255), overwrite=True) as partial:
         (partial / "new").touch()
     assert names(tmp_path / ("x" * 255)) == ["new"]
-    write_whole(tmp_path / ("y" * 255), "text")
-    assert (tmp_path / ("y" * 255)).read_text() == "text"
+    for text in ("old", "new"):
+        write_whole(tmp_path / "deep" / ("y" * 255), text)
+    assert (tmp_path / "deep" / ("y" * 255)).read_text() == "new"
 
 
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:

@@ -465,6 +465,22 @@ def test_atomic_folder_appears_only_when_complete(tmp_path):
     assert os.listdir(tmp_path / "a") == ["b"]
 
 
+def test_a_model_that_was_to_be_replaced_when_the_process_was_killed_is_loaded(model, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    draft, lock = drafts._new_draft(folder.parent)
+    (draft.new / folder.name).mkdir(parents=True)
+    draft.old.mkdir()
+    draft._moving.write_text(json.dumps([folder.name]))
+    folder.rename(draft.old / folder.name)
+    with pytest.raises(CheckpointError, match="does not exist"):  # the process may still go on
+        load_pretrained(folder)
+    os.close(lock)
+    with pytest.warns(UserWarning, match="is as it was before: a process that was replacing it was killed"):
+        load_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(folder.parent) == [folder.name]
+
+
 def test_check_destination_accepts_what_can_be_written(tmp_path, folder):
     check_destination(tmp_path / "new" / "deep")
     check_destination(folder, overwrite=True)

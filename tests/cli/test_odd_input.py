@@ -75,6 +75,13 @@ def assert_refused(*arguments: str, said: str = "") -> None:
         (("bench", "layer", "--dims", "9" * 5000), "from 2 to 65536"),
         (("bench", "onnx", "--threads", "99999"), "from 1 to 1024"),
         (("compare", "dense", "--data", "pydoc", "-o", LONG, *SHORT), "too long"),
+        (("compare", "dense", "--data", "pydoc", "-o", "/dev/null", *SHORT), "is a device or pipe"),
+        (("compare", "dense", "--data", "pydoc", "--plot", "/proc/x.png", *SHORT), "cannot be written"),
+        ((*LAYER, "--plot", "nothing/x.png"), "cannot be written"),
+        ((*LAYER, "--csv", "nothing/x.csv"), "cannot be written"),
+        ((*LAYER, "--csv", "dense"), "cannot be written"),
+        (("compress", "dense", "-o", ".", "--data", "dense/words.txt", "--force"), "name a new folder in it"),
+        (("compress", "dense", "-o", "..", "--data", "dense/words.txt"), "name a new folder in it"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
 )
