@@ -21,6 +21,9 @@ _NAMESPACES = (torch, F, torch._C._nn, torch.special, operator)
 _OBSERVERS = {"register_hook", "retain_grad", "backward", "register_post_accumulate_grad_hook", "share_memory_"}
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous", "clone"}
 _VALUES = (bool, int, float, str, torch.dtype, torch.device)
+_ABOUT = {"dtype", "device", "ndim"}
+"""What code may look at of a layer's weight, or of what is between the layers: it is the same for any order."""
+
 _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Assert, ast.Pass, ast.Delete)
 
 
@@ -87,6 +90,8 @@ class Window:
                 raise _OpenError(f"{self._where()} names a layer in a string")
             if isinstance(node, ast.Attribute) and node.attr in names and resolve(node, self.function) is None:
                 call = self._above[node]
+                if self._is_own(node) and self._only_asks(call):
+                    continue
                 if not self._is_own(node) or not isinstance(call, ast.Call) or call.func is not node:
                     raise _OpenError(f"{self._where()} uses {node.attr} otherwise than by calling it")
                 if node.attr in calls:
@@ -99,12 +104,18 @@ class Window:
         if any(block is not body for block, _ in blocks):
             raise _OpenError(f"{self._where()} calls them on different branches")
         places = [place for _, place in blocks]
-        statements = body[min(places) : max(places) + 1]
-        for statement in statements:
-            if not isinstance(statement, _PLAIN):
-                kind = type(statement).__name__.lower()
-                raise _OpenError(f"{self._where()} has a branch or block between them ({kind})")
-        return statements
+        return body[min(places) : max(places) + 1]
+
+    def _only_asks(self, weight: ast.AST) -> bool:
+        """Whether `self.layer.weight` is there only to ask for its dtype or device, or whether it is a tensor."""
+        if not isinstance(weight, ast.Attribute) or weight.attr != "weight":
+            return False
+        user = self._above[weight]
+        if isinstance(user, ast.Attribute):
+            return user.attr in _ABOUT
+        if not (isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id == "isinstance"):
+            return False
+        return user.args[0] is weight and self._object(user.args[1]) is Tensor
 
     def _block(self, node: ast.AST) -> tuple[list[ast.stmt], int]:
         """The list of statements that a node is in, and where; no loop may run it again."""
@@ -125,6 +136,12 @@ class Window:
         return found[0], found[0].index(node)
 
     def _follow(self, statement: ast.stmt) -> None:
+        if isinstance(statement, ast.If):
+            self._follow_branches(statement)
+            return
+        if not isinstance(statement, _PLAIN):
+            kind = type(statement).__name__.lower()
+            raise _OpenError(f"{self._where()} has a block between them ({kind})")
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             hidden = statement.value is not None and self._is_hidden(statement.value)
@@ -138,6 +155,31 @@ class Window:
                 raise _OpenError(f"{self._where()} does something else with what is between them")
         elif self._mentions_hidden(statement):
             raise _OpenError(f"{self._where()} looks at what is between them")
+
+    def _follow_branches(self, statement: ast.If) -> None:
+        """Follows both branches of a condition; the captured graph may show neither, so that both may only cast.
+
+        Both have to bind the same names to what is between the layers.
+        """
+        if self._mentions_hidden(statement.test, but_about=True):
+            raise _OpenError(f"{self._where()} branches on what is between them")
+        before, ends = set(self._hidden), []
+        for branch in (statement.body, statement.orelse):
+            self._hidden = set(before)
+            for each in branch:
+                self._follow_in_branch(each)
+            ends.append(self._hidden)
+        if ends[0] != ends[1]:
+            raise _OpenError(f"{self._where()} has something else between them on one branch")
+
+    def _follow_in_branch(self, statement: ast.stmt) -> None:
+        value = statement.value if isinstance(statement, ast.Assign) else None
+        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CASTS:
+            value = value.func.value
+        casts = isinstance(value, ast.Name) and value.id in self._hidden
+        if not casts and self._mentions_hidden(statement):
+            raise _OpenError(f"{self._where()} does more than cast what is between them on one branch")
+        self._follow(statement)
 
     def _assign(self, target: ast.expr, hidden: bool, *, again: bool) -> None:
         names = {node.id for node in ast.walk(target) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -254,11 +296,17 @@ class Window:
             node = self._above[node]
         return False
 
-    def _mentions_hidden(self, tree: ast.AST) -> bool:
+    def _mentions_hidden(self, tree: ast.AST, *, but_about: bool = False) -> bool:
+        """Whether code names the layers or what is between them, or, `but_about`, more of it than dtype and device."""
         for node in ast.walk(tree):
+            user = self._above[node]
             if isinstance(node, ast.Name) and node.id in self._hidden:
-                return True
-            if isinstance(node, ast.Attribute) and self._is_own(node) and node.attr in self.sources | self.readers:
+                asks = isinstance(user, ast.Attribute) and user.attr in _ABOUT
+            elif isinstance(node, ast.Attribute) and self._is_own(node) and node.attr in self.sources | self.readers:
+                asks = self._only_asks(user)
+            else:
+                continue
+            if not (but_about and asks):
                 return True
         return False
 

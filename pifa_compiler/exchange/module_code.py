@@ -20,7 +20,7 @@ _FRAMEWORK = (
     *("transformers.utils", "transformers.core_model_loading", "transformers.modeling_layers", "huggingface_hub"),
     "transformers.distributed",
 )
-"""Where classes come from that know no single model's layers. What they do to all modules, they do to new ones too."""
+"""Where code comes from that knows no single model's layers. What it does to all modules, it does to new ones too."""
 
 _REACHES_ALL = {"modules", "children", "named_modules", "named_children", "_modules", "get_submodule", "__dict__"}
 
@@ -40,7 +40,7 @@ class ModuleCode:
         known: set[str] = set()
         for base in type(module).__mro__:
             if base not in self._of_class:
-                parts = {} if _is_framework(base) else vars(base)
+                parts = {} if _is_framework(base.__module__) else vars(base)
                 self._of_class[base] = {name: list(_functions([part])) for name, part in parts.items()}
             for name, functions in self._of_class[base].items():
                 if name in known:
@@ -117,8 +117,8 @@ def resolve(expression: ast.expr, function: FunctionType) -> object:
     return None
 
 
-def _is_framework(kind: type) -> bool:
-    return any(kind.__module__ == name or kind.__module__.startswith(f"{name}.") for name in _FRAMEWORK)
+def _is_framework(module: str | None) -> bool:
+    return any(str(module) == name or str(module).startswith(f"{name}.") for name in _FRAMEWORK)
 
 
 def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
@@ -154,7 +154,7 @@ def _is_function_cell(cell: Any) -> bool:
 def _named_globals(function: FunctionType, words: frozenset[str]) -> Iterator[Any]:
     for word in words:
         value = function.__globals__.get(word)
-        if isinstance(value, FunctionType) and not _is_of_torch(value):
+        if isinstance(value, FunctionType) and not (_is_of_torch(value) or _is_framework(value.__module__)):
             yield value
         elif isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in ("torch", "numpy"):
             yield from (part for name in words if isinstance(part := vars(value).get(name), FunctionType))

@@ -50,6 +50,18 @@ class StatementByStatement(Mlp):
         return residual + x
 
 
+class CastsOnOneBranch(Mlp):
+    """As T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if isinstance(self.fc2.weight, Tensor) and h.dtype != self.fc2.weight.dtype:
+            h = h.to(self.fc2.weight.dtype)
+        else:
+            x = x + 1
+        return self.fc2(h) + x
+
+
 class OneNameForAll(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -115,6 +127,7 @@ def traced() -> nn.Module:
 
 ENCLOSED = (
     *(OneStatement, StatementByStatement, OneNameForAll, InAMethodOfItsOwn, OnOneBranch, InALoopAround),
+    CastsOnOneBranch,
     *(sequence, HoldsASequence, HoldsSequencesInAList, traced),
 )
 
@@ -152,6 +165,54 @@ class ChoosesBetween(Mlp):
         h = torch.relu(self.fc1(x))
         if self.training:
             h = h.roll(1, dims=-1)
+        return self.fc2(h)
+
+
+class BranchesOnValues(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if h.shape[0] > 1000:
+            h = h.float()
+        return self.fc2(h)
+
+
+class BranchesOnWeights(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if self.fc2.weight.shape[0] > 1000:
+            h = h.float()
+        return self.fc2(h)
+
+
+class SetsItOnOneBranch(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if self.training:
+            self.act = h = h.float()
+        return self.fc2(h)
+
+
+class NamesItOnOneBranch(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if self.training:
+            kept = h.float()  # noqa: F841
+        return self.fc2(h)
+
+
+class KeepsOnOneBranch(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if self.training:
+            self.kept = h.float()
+        return self.fc2(h)
+
+
+class LoopsBetween(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        for _ in range(2):
+            h = h * 2
         return self.fc2(h)
 
 
@@ -331,7 +392,13 @@ OPEN = {
     AuxInTraining: "reads h, which holds what is between them, again",
     ReturnsHidden: "reads h, which holds what is between them, again",
     KeepsHidden: "calls fc1 twice",
-    ChoosesBetween: "has a branch or block between them",
+    ChoosesBetween: "does more than cast what is between them on one branch",
+    BranchesOnValues: "branches on what is between them",
+    BranchesOnWeights: "uses fc2 otherwise than by calling it",
+    SetsItOnOneBranch: "keeps what is between them",
+    NamesItOnOneBranch: "has something else between them on one branch",
+    KeepsOnOneBranch: "keeps what is between them",
+    LoopsBetween: "has a block between them (for)",
     ChoosesInAnExpression: "may differ on another path",
     MeetsWhatWasChosen: "factor, which meets what is between them, may differ",
     MeetsAProperty: "self.factor, which meets what is between them, may differ",
