@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ..compress import compress, measure
 from ..device import device_name
+from ..distill import distill
+from ..distillation.config import DistillConfig
 from ..errors import ConfigError
 from ..graph.capture import capture
 from ..graph.linears import read_weight, weight_name
@@ -109,6 +111,24 @@ def check_methods(names: Sequence[str]) -> None:
             raise ConfigError(f"unknown allocator {allocator!r} in {name!r}; known are {', '.join(ALLOCATORS)}")
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """The training that follows, the same for every row.
+
+    Attributes:
+        config: of `distill`; what is trained of pruned models is set for them.
+        windows: text to train on, [1, tokens] each.
+    """
+
+    config: DistillConfig
+    windows: Sequence[Tensor]
+
+    def label(self, name: str) -> str:
+        """What a method is called with it."""
+        how_long = f"{self.config.steps} steps" if self.config.minutes is None else f"{self.config.minutes:g} min"
+        return f"{name}, {how_long} of distillation"
+
+
 class CompareRows(JsonRows[Row]):
     """The file that `compare` keeps its rows in."""
 
@@ -128,8 +148,12 @@ def compare(
     densities: Sequence[float],
     methods: Sequence[str],
     progress: Progress | None = None,
+    *,
+    recovery: Recovery | None = None,
 ) -> list[Row]:
     """Makes the rows that `file` does not have yet: the dense model, then every method at every density.
+
+    With `recovery` each compressed model has a second row, after training.
 
     Args:
         model: a causal language model; copies of it are compressed.
@@ -139,6 +163,7 @@ def compare(
         densities: see `CompressConfig`.
         methods: METHOD, METHOD+ALLOCATOR or one of `PRUNERS`; see `check_methods`.
         progress: called as progress(done, total, what) within each row.
+        recovery: the training; None for none.
 
     Returns:
         The rows asked for, in the order of the methods, old ones among them.
@@ -151,10 +176,28 @@ def compare(
     wanted += [(name, None) for name in methods if name in PRUNERS]
     wanted += [key for key in product((name for name in methods if name not in PRUNERS), densities)]
     shared = _Shared(model, batches)
+    keys: list[tuple[str, float | None]] = []
     for name, density in wanted:
+        after = None if recovery is None or name == "dense" else (recovery.label(name), density)
+        own = [(name, density), *([] if after is None else [after])]
+        keys += own
+        if all(map(file.has, own)):
+            continue
+        tell = _told(progress, name, density)
+        model, row, pruned = _compressed(shared, file.setting, name, density, tell)
         if not file.has((name, density)):
-            file.append(_row(shared, tests, file.setting, name, density, _told(progress, name, density)))
-    return [row for key in wanted for row in file.rows if row.key == key]
+            file.append(_measured(row, model, tests))
+        if after is not None and recovery is not None and not file.has(after):
+            config = recovery.config
+            if pruned:
+                config = replace(config, train=(*pruned, "norms", "biases"), keep_zeros=True)
+            started = time.perf_counter()
+            found = distill(model, shared.model, recovery.windows, config, progress=tell).distillation
+            if found is None or found.interrupted:
+                raise KeyboardInterrupt  # a shorter training is no row
+            seconds = row.seconds + time.perf_counter() - started
+            file.append(_measured(replace(row, method=after[0], seconds=seconds), model, tests))
+    return [row for key in keys for row in file.rows if row.key == key]
 
 
 def _told(progress: Progress | None, name: str, density: float | None) -> Progress:
@@ -181,20 +224,16 @@ class _Shared:
         return self._measured[gradients]
 
 
-def _row(
-    shared: _Shared,
-    tests: Mapping[str, Sequence[Tensor]],
-    setting: Setting,
-    name: str,
-    density: float | None,
-    progress: Progress,
-) -> Row:
+def _compressed(
+    shared: _Shared, setting: Setting, name: str, density: float | None, progress: Progress
+) -> tuple[nn.Module, Row, list[str]]:
+    """A compressed model, its row before anything is measured, and the names of weights that were pruned."""
     model = copy.deepcopy(shared.model)
     stored, seconds, shared_seconds = 1.0, 0.0, 0.0
-    statistics = None
+    statistics, pruned = None, list[str]()
     if name in PRUNERS:
         started = time.perf_counter()
-        prune(model, shared.batches, name, progress)
+        pruned = prune(model, shared.batches, name, progress)
         stored, seconds = STORED, time.perf_counter() - started
     elif density is not None:
         method, _, allocator = name.partition("+")
@@ -206,16 +245,23 @@ def _row(
             statistics, shared_seconds = shared.statistics(kind.gradients, progress)
         report = compress(model, shared.batches, config, statistics=statistics, progress=progress)
         stored, seconds = report.density, report.seconds
-    found = {text: perplexity(model, windows).perplexity for text, windows in tests.items()}
-    finite = {text: value if math.isfinite(value) else None for text, value in found.items()}
     at = device_name(next(model.parameters()).device)
-    return Row(name, density, stored, finite, seconds, shared_seconds, device=at, provenance=provenance())
+    row = Row(name, density, stored, {}, seconds, shared_seconds, device=at, provenance=provenance())
+    return model, row, pruned
 
 
-def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Progress | None = None) -> None:
+def _measured(row: Row, model: nn.Module, tests: Mapping[str, Sequence[Tensor]]) -> Row:
+    found = {text: perplexity(model, windows).perplexity for text, windows in tests.items()}
+    return replace(row, perplexity={text: value if math.isfinite(value) else None for text, value in found.items()})
+
+
+def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Progress | None = None) -> list[str]:
     """Prunes the linears that `compress` would compress by one of `PRUNERS`, in place, layer after layer.
 
     As in the authors' scripts, each layer is calibrated while those before it are pruned already.
+
+    Returns:
+        The names of the weights.
     """
     captured = capture(model, batches)
     found, _ = find_linears(model, captured.graph, (), {})
@@ -232,6 +278,7 @@ def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Prog
         for node, weight in pruned.items():
             target = parameters[weight_name(node)]
             target.copy_(weight if target.shape == weight.shape else weight.T)
+    return [weight_name(node) for node in pruned]
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

@@ -42,6 +42,12 @@ def compare_verb(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="Rows; a run that was stopped goes on from them.")
     ] = Path("pifa-compare.json"),
+    distill_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--distill", metavar="MINUTES", help="Train each model so long, too; on all of the text of --data."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.png, .svg or .pdf).")] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
@@ -51,13 +57,15 @@ def compare_verb(
 
     The dense model comes first. What 2:4 pruning stores is counted in bytes of half precision: 0.5625 of the dense.
     """
-    from ..bench.compare import BASELINES, CompareRows, Setting, check_methods, compare, draw, to_dict
+    from ..bench.compare import BASELINES, CompareRows, Recovery, Setting, check_methods, compare, draw, to_dict
+    from ..distillation.config import DistillConfig
 
     names = list(BASELINES) if methods is None else _split(methods)
     numbers = [_density(part) for part in _split(densities)]
     check_plot(plot)
     try:
         check_methods(names)
+        training = None if distill_minutes is None else DistillConfig(minutes=distill_minutes)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
     tests = tuple(dict.fromkeys(test or [data]))
@@ -67,7 +75,7 @@ def compare_verb(
     place = device_of(device)
     with work(as_json, place):
         from ..hf.loading import load_model, load_tokenizer
-        from ..hf.text import calibration_batches, evaluation_batches, read_text
+        from ..hf.text import calibration_batches, evaluation_batches, read_text, training_batches
 
         file = CompareRows(output, setting)
         for text in tests:
@@ -76,8 +84,12 @@ def compare_verb(
         model = load_model(name, dtype=setting.dtype, device=place, trust_remote_code=trust_remote_code)
         batches = calibration_batches(data, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
         measured = {text: evaluation_batches(text, model, tokenizer, seqlen=seqlen, limit=windows) for text in tests}
+        recovery = None
+        if training is not None:
+            text = training_batches(data, model, tokenizer, seqlen=seqlen, samples=samples, seed=seed)
+            recovery = Recovery(training, text)
         with progress("comparing", as_json) as tell:
-            rows = compare(model, batches, measured, file, numbers, names, tell)
+            rows = compare(model, batches, measured, file, numbers, names, tell, recovery=recovery)
         if plot is not None:
             draw(rows, plot)
     if as_json:

@@ -92,6 +92,10 @@ def compress_verb(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --memory: say what the run would take, and stop.")
     ] = False,
+    distill_minutes: Annotated[
+        float | None,
+        typer.Option("--distill", metavar="MINUTES", help="Then train the factors on the dense model's predictions."),
+    ] = None,
     force: Force = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -101,8 +105,10 @@ def compress_verb(
     With --memory the model may be larger than memory: its weights stay in their files and are read block by block. What
     such a run has done is kept when it is stopped, by whatever, and --resume goes on. Several processes can share it:
     torchrun --nproc-per-node 2 -m pifa_compiler compress ...
+
+    --distill is pifa distill with its defaults, on all of the text; run that by itself to resume, or to choose more.
     """
-    from .. import CompressConfig, compress
+    from .. import CompressConfig, DistillConfig, compress, distill
 
     place = device_of(device)
     try:
@@ -119,11 +125,14 @@ def compress_verb(
             gradients=gradients,
             gradient_damping=gradient_damping,
         )
+        training = None if distill_minutes is None else DistillConfig(minutes=distill_minutes)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
     in_files = memory is not None or offload is not None or resume or dry_run
     if in_files and data == "self":
         raise typer.BadParameter("--data self needs the model in memory: take another text, or leave --memory out")
+    if in_files and training is not None:
+        raise typer.BadParameter("--distill trains a model in memory: leave --memory out, or run pifa distill after it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(work(as_json, place))
         from ..checkpoint import save_pretrained
@@ -132,7 +141,7 @@ def compress_verb(
         from ..files import check_destination
         from ..hf.loading import load_model, load_tokenizer
         from ..hf.stored_model import open_model
-        from ..hf.text import calibration_batches, read_text
+        from ..hf.text import calibration_batches, read_text, training_batches
         from ..processes import joined
 
         processes = stack.enter_context(joined(os.environ, place))
@@ -159,6 +168,10 @@ def compress_verb(
                     report = compress_checkpoint(name, output, batches, config, **options)
                 else:
                     report = compress(model, batches, config, progress=tell)
+                    if training is not None:
+                        dense = load_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+                        text = training_batches(data, dense, tokenizer, seqlen=seqlen, samples=samples, seed=seed)
+                        report = distill(model, dense, text, training, report=report, progress=tell)
                     save_pretrained(model, output, tokenizer=tokenizer, report=report, overwrite=force)
     if not processes.is_first:
         return
@@ -170,6 +183,8 @@ def compress_verb(
         print_json({**report.to_dict(), "output": str(output), "bytes": tables.folder_bytes(output), "device": at})
     else:
         tables.summary(report, output, data, at)
+    if not dry_run and report.distillation is not None and report.distillation.interrupted:
+        raise typer.Exit(130)
 
 
 def _ranks(pairs: list[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..memory import format_bytes
-from ..report import Report
+from ..report import DistillReport, Report
 
 if TYPE_CHECKING:
     from ..bench.compare import Row
@@ -47,6 +47,8 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
     rows += [("", f"{_names(names)}: {reason}") for reason, names in reasons.items()]
     rows += [("note", note) for note in report.notes]
     rows += [("seconds", f"{report.seconds:.1f} on {device}")]
+    if report.distillation is not None:
+        rows += _trained(report.distillation, device)
     measured_on = "pydoc" if data == "self" else shlex.quote(data)
     rows += [
         ("next", f"pifa eval {where} --data {measured_on}"),
@@ -62,17 +64,17 @@ def distillation(report: Report, output: Path, data: str, device: str) -> None:
     """What `pifa distill` has done, and what to do next."""
     console, where, found = _console(), shlex.quote(str(output)), report.distillation
     assert found is not None  # noqa: S101  it was distilled
-    rows = [
-        ("saved", f"{output} ({_bytes(folder_bytes(output))})"),
-        ("trained", f"{found.trained:,} numbers, {len(found.steps)} steps, {found.seconds:.0f} s on {device}"),
-        (
-            "held out",
-            f"{found.loss} loss {found.held_out_before:.4f} -> {found.held_out_after:.4f}, step {found.best_step}",
-        ),
-    ]
-    rows += [("note", note) for note in found.notes]
+    rows = [("saved", f"{output} ({_bytes(folder_bytes(output))})"), *_trained(found, device)]
     measured_on = "pydoc" if data == "self" else shlex.quote(data)
     _print_rows(console, [*rows, ("next", f"pifa eval {where} --data {measured_on}")])
+
+
+def _trained(found: DistillReport, device: str) -> list[tuple[str, str]]:
+    return [
+        ("trained", f"{found.trained:,} numbers, {len(found.steps)} steps, {found.seconds:.0f} s on {device}"),
+        ("loss", f"of {found.loss}, held out: {found.held_out_before:.4f} -> {found.held_out_after:.4f}"),
+        *(("note", note) for note in found.notes),
+    ]
 
 
 def plan(found: "Plan", device: str) -> None:

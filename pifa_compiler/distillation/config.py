@@ -23,6 +23,7 @@ class DistillConfig:
         clip: the largest norm of a step's gradient; longer ones are shortened.
         train: what is trained: "factors" (of layers in PIFA form), "norms" (parameters of modules whose class is called
             so), "biases", or `fnmatch` patterns of parameter names.
+        keep_zeros: whether numbers that are 0 stay so: those of pruned weights.
         loss: "logits", the Kullback-Leibler divergence of the model's predictions from the teacher's, or
             "hidden-states", the squared error of the last hidden states over their own square. None takes the first for
             models that predict the next token, and the second for others.
@@ -51,6 +52,7 @@ class DistillConfig:
     batches_per_step: int = 8
     clip: float = 1.0
     train: tuple[str, ...] = ("factors", "norms", "biases")
+    keep_zeros: bool = False
     loss: LossName | None = None
     temperature: float = 1.0
     text_share: float = 0.0

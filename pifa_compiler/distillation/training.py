@@ -69,6 +69,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             student.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
+        self._kept = [parameter.detach() != 0 for parameter in student.parameters.values()] if config.keep_zeros else []
         self.rows: list[StepRow] = []
         self.before = math.nan
         self.best = math.nan
@@ -170,6 +171,9 @@ class Training:
             part.backward(torch.tensor(float(self.processes.size if self.config.shard else 1), device=part.device))
             del output
         self._sum_gradients()
+        for parameter, kept in zip(self.student.parameters.values(), self._kept, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.mul_(kept)
         total = float(self.processes.sum({"loss": loss})["loss"])
         norm = put_together(
             torch.nn.utils.clip_grad_norm_(self.student.parameters.values(), self.config.clip, foreach=True)

@@ -58,6 +58,35 @@ def test_pruned_models_have_two_of_four_weights_everywhere_but_in_the_head():
             assert torch.equal(weight, before)
 
 
+def test_training_gives_each_model_a_second_row_and_pruned_weights_stay_pruned(tmp_path, texts, monkeypatch):
+    kept: list[torch.Tensor] = []
+    train = compare.distill
+
+    def looking(model, *arguments, **options):
+        report = train(model, *arguments, **options)
+        kept.extend(weight.detach() for name, weight in model.named_parameters() if "_proj.weight" in name)
+        return report
+
+    monkeypatch.setattr(compare, "distill", looking)
+    config = pc.DistillConfig(steps=6, learning_rate=1e-3, batches_per_step=2, evaluations=2, bfloat16=False)
+    recovery = compare.Recovery(config, [torch.randint(0, 64, (4, 32)) for _ in range(8)])
+    torch.manual_seed(5)
+    file = CompareRows(tmp_path / "rows.json", SETTING)
+    arguments = (tiny_llama(), windows(4), texts, file, [0.6], ["wanda-2:4", "svd-llm"])
+    rows = compare.compare(*arguments, recovery=recovery)
+    after = ", 6 steps of distillation"
+    names = ["wanda-2:4", f"wanda-2:4{after}", "svd-llm", f"svd-llm{after}"]
+    assert [row.method for row in rows] == ["dense", *names]
+    for start, trained in ((rows[1], rows[2]), (rows[3], rows[4])):
+        assert trained.stored == start.stored
+        assert trained.seconds > start.seconds
+        assert trained.perplexity != start.perplexity
+    assert len(kept) == 14
+    assert all(((weight != 0).reshape(len(weight), -1, 4).sum(dim=2) <= 2).all() for weight in kept)
+    monkeypatch.setattr(compare, "distill", None)
+    assert compare.compare(*arguments, recovery=recovery) == rows  # from the file
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, texts, monkeypatch):
     path, compress, made = tmp_path / "rows.json", compare.compress, []
 
