@@ -3,6 +3,7 @@
     call_module nn.Linear, F.linear(x, w, b)  ->  aten.linear(x, w, b)
     addmm(b, x, m)                            ->  aten.linear(x, t(m), b)      m [in, out], as in GPT-2
     mm(x, m), matmul(x, m), x @ m             ->  aten.linear(x, t(m))
+    aten.add(aten.linear(x, w), b)            ->  aten.linear(x, w, b)         in the code of one module, as in Falcon
 
 where m is a real floating-point parameter, and transposes of a weight (`.t()`, `.T`, `.H`, transpose, permute) are
 folded into at most one `t`. Calls with further arguments (`out=`, `out_dtype`) and tensors of subclasses stay.
@@ -27,6 +28,7 @@ aten = torch.ops.aten
 
 _LINEAR = (F.linear, aten.linear.default)
 _ADDMM = (torch.addmm, aten.addmm.default)
+_ADD = aten.add.Tensor
 _MATMUL = (torch.mm, torch.matmul, operator.matmul, aten.mm.default, aten.matmul.default)
 
 # Real matrices only: `H` and `adjoint` of complex ones conjugate as well.
@@ -62,7 +64,7 @@ class Canonicalize(Rewrite):
         return [
             node
             for node in gm.graph.nodes
-            if (node.op == "call_function" and (node.target in self.targets or _calls_graphs(node)))
+            if (node.op == "call_function" and (node.target in (*self.targets, _ADD) or _calls_graphs(node)))
             or (node.op == "call_module" and type(gm.get_submodule(str(node.target))) is nn.Linear)
         ]
 
@@ -73,6 +75,8 @@ class Canonicalize(Rewrite):
             found = _linears_within(gm, node)
         elif node.op == "call_module":
             found = self._match_module(gm, node)
+        elif node.target is _ADD:
+            found = _match_bias(gm, node)
         elif node.target in _LINEAR:
             found = self._match_linear(gm, node)
         elif node.target in _ADDMM:
@@ -140,6 +144,33 @@ class Canonicalize(Rewrite):
         x, matrix = arguments
         base, transposed = _fold_transposes(gm, matrix)
         return _Found(x, base, not transposed, None) if isinstance(x, Node) and _is_weight(gm, base) else None
+
+
+def _match_bias(gm: GraphModule, node: Node) -> _Found | None:
+    """A linear without a bias, read by this addition of one only, of the same module's code and the same dtype."""
+    is_first = isinstance(node.args[0], Node) and node.args[0].target is aten.linear.default
+    linear, bias = node.args if is_first else node.args[::-1]
+    if not isinstance(linear, Node) or linear.target is not aten.linear.default or len(linear.args) != 2 or node.kwargs:
+        return None
+    if list(linear.users) != [node] or _caller(linear) != _caller(node):
+        return None
+    base, transposed = _fold_transposes(gm, linear.args[1])
+    weight, vector = tensor_at(gm, base), tensor_at(gm, bias)
+    if weight is None or vector is None or not isinstance(linear.args[0], Node):
+        return None
+    outputs = torch.Size((weight.shape[1 if transposed else 0],))
+    same = vector.shape == outputs and vector.dtype == weight.dtype == _dtype(linear) == _dtype(node)
+    return _Found(linear.args[0], base, transposed, bias) if same else None
+
+
+def _caller(node: Node) -> Any:
+    """In whose code a node was called, if the graph says so."""
+    return node.meta.get("nn_module_stack")
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _calls_graphs(node: Node) -> bool:

@@ -70,6 +70,39 @@ def test_canonicalize_makes_every_spelling_one(spelling: str, capture: Capture):
     assert run_passes(gm, [Canonicalize()]) == []  # a second run finds nothing
 
 
+class Apart(nn.Linear):
+    """Adds its bias by itself, as Falcon's linears do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else self.bias + y if self.out_features == 5 else y + self.bias
+
+
+class AddsMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.first = Apart(6, 4, bias=False), Apart(6, 5)
+        self.more, self.wide = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4).double())
+        self.all = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Of another's code, of another dtype, for every row, scaled, and read by others too.
+        y = x @ self.fc.weight.T
+        others = y + self.all, self.fc(x) + self.wide, torch.add(x @ self.fc.weight.T, self.more, alpha=2)
+        return self.first(x), self.fc(x) + self.more, *others, y + self.more
+
+
+def test_a_bias_that_a_layers_own_code_adds_is_the_linears():
+    model, x = AddsMore(), torch.randn(3, 6)
+    gm = capture_by_export(model, (x,))
+    run_passes(gm, [Canonicalize()])
+    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert [str(linear.args[2]) for linear in linears if len(linear.args) > 2] == ["first_bias"]
+    assert op_counts(gm)[aten.add.Tensor] == 5
+    for got, wanted in zip(call(gm, x), model(x), strict=True):
+        assert_close(got, wanted)
+
+
 def test_canonicalize_keeps_batch_dimensions(capture: Capture):
     model, x = Spelling(lambda s, x: x @ s.m), torch.randn(2, 3, 6)
     gm = capture(model, (x,))
