@@ -122,7 +122,11 @@ class Draft:
         if not self._moving.exists():
             return []
         found = sorted(os.listdir(self.old), reverse=True)
-        for name in reversed(json.loads(self._moving.read_text(encoding="utf-8") or "[]")):
+        try:
+            names = json.loads(self._moving.read_text(encoding="utf-8"))
+        except ValueError:  # it was not written whole, so that nothing was moved
+            names = []
+        for name in reversed(names):
             if self._is_there(name) and not os.path.lexists(self.new / name):
                 (self.parent / name).rename(self.new / name)
         for name in found:
@@ -172,11 +176,11 @@ def delete_abandoned(parent: Path) -> None:
     It warns of what is put back. Other users' drafts, and those on file systems without locks, stay.
     """
     for folder in parent.glob(_NAME.format("?" * 8)):
-        if folder.is_symlink():
-            continue
         try:
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():  # another user's may name anything
+                continue
             lock = _locked(folder)
-        except OSError:  # in use, gone, or another user's
+        except OSError:  # in use, or gone
             continue
         try:
             draft = Draft(folder)

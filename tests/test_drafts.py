@@ -185,6 +185,28 @@ def test_links_and_files_that_are_called_like_drafts_are_left_alone(tmp_path: Pa
     assert (tmp_path / ".pifa-22222222.draft").exists()
 
 
+def test_drafts_of_other_users_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, lock = drafts._new_draft(tmp_path)
+    os.close(lock)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        delete_abandoned(tmp_path)
+    assert draft.folder.exists()
+    delete_abandoned(tmp_path)
+    assert not draft.folder.exists()
+
+
+@pytest.mark.parametrize("text", ["", '["m', "\0\0"])
+def test_a_list_that_was_not_written_whole_is_of_nothing_moved(text: str, tmp_path: Path) -> None:
+    write(tmp_path, FOLDER)
+    draft, lock = drafts._new_draft(tmp_path)
+    write(draft.folder, {"new/m/config.json": "new", "moving": text})
+    draft.old.mkdir()
+    os.close(lock)
+    delete_abandoned(tmp_path)
+    assert content(tmp_path) == FOLDER
+
+
 def test_where_there_are_no_locks_drafts_are_made_and_never_taken_for_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
