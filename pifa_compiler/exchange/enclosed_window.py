@@ -52,7 +52,9 @@ class Window:
         parent: the module whose children the layers are.
         function: the one function that names them.
         tree: its source.
-        sources, readers: the names of the children.
+        sources, readers: the names of the children. Without sources the values are the function's first argument;
+            without readers they are what it returns.
+        hands_on: whether the readers are modules that take the values as their first argument, and others beside.
     """
 
     def __init__(
@@ -62,13 +64,15 @@ class Window:
         tree: ast.FunctionDef,
         sources: Sequence[str],
         readers: Sequence[str],
+        *,
+        hands_on: bool = False,
     ) -> None:
         self.parent, self.function, self.tree = parent, function, tree
         self.sources, self.readers = set(sources), set(readers)
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         self._self = arguments[0].arg if arguments else ""
-        self._above = parents(tree)
-        self._hidden: set[str] = set()
+        self._above, self._hands_on = parents(tree), hands_on
+        self._hidden: set[str] = set() if sources else {argument.arg for argument in arguments[1:2]}
 
     def why_open(self) -> str | None:
         """Why a value between the layers may go elsewhere; None if it goes to the readers only."""
@@ -104,7 +108,14 @@ class Window:
         if any(block is not body for block, _ in blocks):
             raise _OpenError(f"{self._where()} calls them on different branches")
         places = [place for _, place in blocks]
-        return body[min(places) : max(places) + 1]
+        if not (self.sources and self.readers) and body is not self.tree.body:
+            raise _OpenError(f"{self._where()} calls them on a branch")
+        if not self.readers:
+            returned = [node for node in ast.walk(self.tree) if isinstance(node, ast.Return)]
+            if returned != body[-1:]:
+                raise _OpenError(f"{self._where()} returns on several paths")
+            return body[min(places) :]
+        return body[min(places) if self.sources else 0 : max(places) + 1]
 
     def _only_asks(self, weight: ast.AST) -> bool:
         """Whether `self.layer.weight` is there only to ask for its dtype or device, or whether it is a tensor."""
@@ -148,8 +159,10 @@ class Window:
             for target in targets:
                 self._assign(target, hidden, again=isinstance(statement, ast.AugAssign))
         elif isinstance(statement, ast.Return):
-            if statement.value is not None and self._is_hidden(statement.value):
-                raise _OpenError(f"{self._where()} returns what is between them")
+            hidden = statement.value is not None and self._is_hidden(statement.value)
+            if hidden == bool(self.readers):
+                what = "what is" if hidden else "something else than what is"
+                raise _OpenError(f"{self._where()} returns {what} between them")
         elif isinstance(statement, ast.Expr):
             if self._is_hidden(statement.value):
                 raise _OpenError(f"{self._where()} does something else with what is between them")
@@ -247,7 +260,7 @@ class Window:
                 self._is_hidden(value)
             return True
         if isinstance(function, ast.Attribute) and self._is_own(function) and function.attr in self.readers:
-            self._is_mixed(*values)
+            self._hand_on(node) if self._hands_on else self._is_mixed(*values)
             return False
         if isinstance(function, ast.Attribute) and not self._is_own(function) and self._is_hidden(function.value):
             if not hasattr(Tensor, function.attr) or function.attr in _OBSERVERS:
@@ -261,6 +274,14 @@ class Window:
             return False
         self._check_called(function)
         return True
+
+    def _hand_on(self, call: ast.Call) -> None:
+        """The first argument is what is between, and no other is made from it."""
+        others = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+        first = call.args[0] if call.args else None
+        hidden = first is not None and not isinstance(first, ast.Starred) and self._is_hidden(first)
+        if not hidden or any(self._mentions_hidden(other) for other in others):
+            raise _OpenError(f"{self._where()} does not hand what is between them on as the first argument alone")
 
     def _check_called(self, function: ast.expr) -> None:
         """What is called with a value from between the layers has to treat all features alike."""

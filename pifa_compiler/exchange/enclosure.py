@@ -3,10 +3,13 @@
 A captured graph shows the path that one call takes. Whether another reads the hidden features too (a head used in
 training only, a flag, a method beside `forward`) is in the code. So the layers have to be children of one module whose
 code calls each of them once, in a row of plain statements that let the values go nowhere else, and no other code of
-that module or of those around it may name them. Code outside the model, which reaches in from there, is not seen.
+that module or of those around it may name them. Or the layers in front are children of one module, which returns the
+values, and those behind of another, which is called with them (BERT). Code outside the model, which reaches in from
+there, is not seen.
 """
 
 import ast
+import inspect
 from collections.abc import Collection, Sequence
 from types import FunctionType
 
@@ -39,11 +42,43 @@ class Enclosure:
         parent_names = {name.rpartition(".")[0] for name in (*sources, *readers)}
         if isinstance(self.model, GraphModule):
             return self._why_open_in_graph(sources, readers)
-        if len(parent_names) > 1:
-            return f"{_list(sources)} and {_list(readers)} lie in different modules"
-        (place,) = parent_names
-        if set(called_by) != {place}:
+        if set(called_by) != parent_names:
             return f"{_list(sources)} and {_list(readers)} are not called by the module that holds them"
+        if len(parent_names) > 1:
+            return self._why_open_between(sources, readers)
+        (place,) = parent_names
+        parent = self.model.get_submodule(place)
+        traced = self._why_no_code(place)
+        if traced is not None:
+            return traced
+        children = [[name.rpartition(".")[2] for name in names] for names in (sources, readers)]
+        if type(parent) is nn.Sequential:
+            return self._why_open_in_sequence(parent, *children) or self._why_reached(place)
+        return self._why_open_in_code(place, *children)
+
+    def _why_open_between(self, sources: Sequence[str], readers: Sequence[str]) -> str | None:
+        """Of sources in one module, which returns their values, and readers in another, which is called with them."""
+        (first, *more), (second, *others) = (
+            sorted({name.rpartition(".")[0] for name in names}) for names in (sources, readers)
+        )
+        place = first.rpartition(".")[0]
+        if more or others or not first or second.rpartition(".")[0] != place:
+            return f"{_list(sources)} and {_list(readers)} lie in different modules"
+        for name in (first, second):
+            marked = why_marked(self.model.get_submodule(name))
+            if marked is not None:
+                return marked.replace("layer", name, 1)
+        inner, outer = [name.rpartition(".")[2] for name in (*sources, *readers)], (first, second)
+        children = [name.rpartition(".")[2] for name in outer]
+        return (
+            next((reason for name in outer if (reason := self._why_no_code(name)) is not None), None)
+            or self._why_open_in_code(place, children[:1], children[1:], hands_on=True)
+            or self._why_open_in_code(first, inner[: len(sources)], [])
+            or self._why_open_in_code(second, [], inner[len(sources) :])
+        )
+
+    def _why_no_code(self, place: str) -> str | None:
+        """Why the code of the module at `place` is not what runs there."""
         parent = self.model.get_submodule(place)
         parts = place.split(".") if place else []
         for depth in range(len(parts) + 1):
@@ -51,10 +86,7 @@ class Enclosure:
                 return "they lie in a module that was traced, which has no code to read"
         if "forward" in vars(parent):
             return f"the forward of {_called(place, parent)} is replaced on the instance"
-        children = [[name.rpartition(".")[2] for name in names] for names in (sources, readers)]
-        if type(parent) is nn.Sequential:
-            return self._why_open_in_sequence(parent, *children) or self._why_reached(place)
-        return self._why_open_in_code(place, parent, *children)
+        return None
 
     def _why_open_in_graph(self, sources: Sequence[str], readers: Sequence[str]) -> str | None:
         """A traced graph is all the code there is; only the modules that it calls have code of their own."""
@@ -87,8 +119,11 @@ class Enclosure:
                 return f"{mark.replace('layer', type(module).__name__, 1)} between them"
         return None
 
-    def _why_open_in_code(self, place: str, parent: nn.Module, sources: list[str], readers: list[str]) -> str | None:
-        names = {*sources, *readers}
+    def _why_open_in_code(
+        self, place: str, sources: Sequence[str], readers: Sequence[str], *, hands_on: bool = False
+    ) -> str | None:
+        """By the code of the module at `place`; see `Window` for what it means if there are no sources or readers."""
+        parent, names = self.model.get_submodule(place), {*sources, *readers}
         own = self._code.functions(parent)
         around, helpers = self._functions_around(place)
         naming = [function for function in (*own, *around, *helpers) if self._names(function, names)]
@@ -103,7 +138,9 @@ class Enclosure:
         tree = self._code.tree(naming[0])
         if tree is None:
             return f"the source of {naming[0].__qualname__} is not to be had"
-        return Window(parent, naming[0], tree, sources, readers).why_open()
+        if not (sources and readers) and naming[0] is not inspect.unwrap(type(parent).forward):
+            return f"{naming[0].__qualname__} is not what runs when {place} is called"
+        return Window(parent, naming[0], tree, sources, readers, hands_on=hands_on).why_open()
 
     def _why_reached(self, place: str) -> str | None:
         """Which code may reach into the sequence at `place` by an index; calls of the whole are what it is for."""

@@ -125,9 +125,103 @@ def traced() -> nn.Module:
     return torch.fx.symbolic_trace(sequence())
 
 
+class Widens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.act, self.flag = nn.Linear(16, 24), nn.GELU(), False
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.dense(x)
+        return self.act(x)
+
+
+class Narrows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.dropout, self.norm = nn.Linear(24, 16), nn.Dropout(0.1), nn.LayerNorm(16)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        hidden = self.dense(hidden)
+        return self.norm(self.dropout(hidden) + residual)
+
+
+class InTwoModules(nn.Module):
+    """As BERT does."""
+
+    def __init__(self, widens: nn.Module | None = None, narrows: nn.Module | None = None) -> None:
+        super().__init__()
+        self.wide, self.narrow = widens or Widens(), narrows or Narrows()
+
+    def feed_forward(self, x: Tensor) -> Any:
+        wide = self.wide(x)
+        return self.narrow(wide, x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.feed_forward(x + 1)
+
+
+class HandsOnTwice(InTwoModules):
+    def feed_forward(self, x: Tensor) -> Any:
+        wide = self.wide(x)
+        return self.narrow(wide, wide[..., :16] if self.training else x)
+
+
+class HandsOnAndReturns(InTwoModules):
+    def feed_forward(self, x: Tensor) -> Any:
+        wide = self.wide(x)
+        narrow = self.narrow(wide, x)
+        return (narrow, wide) if self.training else narrow
+
+
+class HandsOnByName(InTwoModules):
+    def feed_forward(self, x: Tensor) -> Any:
+        return self.narrow(residual=x, hidden=self.wide(x))
+
+
+class HandsOnRolled(InTwoModules):
+    def forward(self, x: Tensor) -> Any:
+        return self.feed_forward(x) if not self.training else self.wide(x)
+
+
+def which_returns_on_two_paths() -> nn.Module:
+    class Returns(Widens):
+        def forward(self, x: Tensor) -> Any:
+            if self.flag:
+                return x.repeat(1, 2)[:, :24]
+            x = self.dense(x)
+            return self.act(x)
+
+    return InTwoModules(Returns())
+
+
+def which_returns_more() -> nn.Module:
+    class Returns(Widens):
+        def forward(self, x: Tensor) -> Any:
+            x = self.act(self.dense(x))
+            return x.flip(-1) if self.training else x
+
+    return InTwoModules(Returns())
+
+
+def which_looks_at_what_it_is_given() -> nn.Module:
+    class Looks(Narrows):
+        def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+            kept = hidden
+            hidden = self.dense(hidden)
+            return self.norm(self.dropout(hidden) + residual + (kept.sum() * 0 if self.training else 0))
+
+    return InTwoModules(None, Looks())
+
+
+def which_is_watched() -> nn.Module:
+    model = InTwoModules()
+    model.wide.register_forward_hook(lambda *_: None)
+    return model
+
+
 ENCLOSED = (
     *(OneStatement, StatementByStatement, OneNameForAll, InAMethodOfItsOwn, OnOneBranch, InALoopAround),
-    CastsOnOneBranch,
+    *(CastsOnOneBranch, InTwoModules),
     *(sequence, HoldsASequence, HoldsSequencesInAList, traced),
 )
 
@@ -392,6 +486,14 @@ OPEN = {
     AuxInTraining: "reads h, which holds what is between them, again",
     ReturnsHidden: "reads h, which holds what is between them, again",
     KeepsHidden: "calls fc1 twice",
+    HandsOnTwice: "does not hand what is between them on as the first",
+    HandsOnAndReturns: "reads wide, which holds what is between them, again",
+    HandsOnByName: "does not hand what is between them on as the first argument alone",
+    HandsOnRolled: "HandsOnRolled.forward and InTwoModules.feed_forward use narrow, wide",
+    which_returns_on_two_paths: "returns on several paths",
+    which_returns_more: "chooses or gathers what is between them",
+    which_looks_at_what_it_is_given: "reads kept, which holds what is between them, again",
+    which_is_watched: "wide has forward hooks",
     ChoosesBetween: "does more than cast what is between them on one branch",
     BranchesOnValues: "branches on what is between them",
     BranchesOnWeights: "uses fc2 otherwise than by calling it",
