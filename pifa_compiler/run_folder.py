@@ -124,7 +124,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}  # none shared
+    own: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        place = held.untyped_storage().data_ptr()
+        if place in places or held.untyped_storage().nbytes() != held.nbytes:
+            held = held.clone()  # the format takes no tensors that share memory
+        places.add(place)
+        own[key] = held
 
     def write(draft: Path) -> None:
         try:

@@ -230,19 +230,22 @@ def test_one_batch_is_too_few(model: LlamaForCausalLM, dense: LlamaForCausalLM) 
         pc.distill(model, dense, tokens(1), CONFIG)
 
 
+SHARED = replace(CONFIG, save_minutes=1e-9)
+"""Of the runs that several processes have a part in; there is a state after every step."""
+
 SCRIPT = """
 import os, signal, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 import pifa_compiler as pc
+from dataclasses import replace
 from pathlib import Path
 from pifa_compiler.processes import joined
 from pifa_compiler.distillation.training import Training
 
 if __name__ == "__main__":
-    folder, output, kill = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    shard = "shard" in sys.argv
+    folder, kill, shard = Path(sys.argv[1]), int(sys.argv[2]), "shard" in sys.argv
     usual = Training._step
 
     def step(self, number, rate):
@@ -252,58 +255,46 @@ if __name__ == "__main__":
 
     Training._step = step
     with joined(os.environ, torch.device("cpu")) as processes:
-        start, dense, windows = torch.load(folder / "models.pt", weights_only=False)
-        config = pc.DistillConfig(
-            steps=12, learning_rate=1e-2, warmup=0.2, batches_per_step=3, evaluations=4, bfloat16=False,
-            shard=shard, save_minutes=1e-9,
-        )
-        report = pc.distill(start, dense, windows, config, folder=folder / "run", resume="resume" in sys.argv)
+        start, dense, windows, config = torch.load(folder / "models.pt", weights_only=False)
+        config = replace(config, shard=shard)
+        report = pc.distill(start, dense, windows, config, folder=folder / "run")
         if processes.is_first:
-            torch.save((start.state_dict(), report.to_dict()), folder / output)
+            torch.save((start.state_dict(), report.to_dict()), folder / "result.pt")
 """
 
 
-@pytest.fixture
-def files(model: LlamaForCausalLM, dense: LlamaForCausalLM, tmp_path: Path) -> Path:
-    """What the script reads."""
-    torch.save((model, dense, tokens()), tmp_path / "models.pt")
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    return tmp_path
+@pytest.fixture(scope="module")
+def whole(start: LlamaForCausalLM, dense: LlamaForCausalLM) -> tuple[dict[str, Tensor], pc.DistillReport]:
+    """What one process makes without a stop."""
+    model = copy.deepcopy(start)
+    found = pc.distill(model, dense, tokens(), SHARED).distillation
+    assert found is not None
+    return model.state_dict(), found
 
 
-def run(folder: Path, output: str, kill: int = -1, *arguments: str, processes: int = 1) -> int:
-    """One run of the script; its exit code."""
+def run(folder: Path, models: tuple[nn.Module, nn.Module], kill: int, *more: str, processes: int = 1) -> int:
+    """Runs the script; its exit code."""
+    torch.save((*models, tokens(), SHARED), folder / "models.pt")
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command = [sys.executable, *(launch if processes > 1 else []), str(folder / "script.py"), str(folder), output]
+    command = [sys.executable, *(launch if processes > 1 else []), str(folder / "script.py"), str(folder), str(kill)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(kill), *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
 
-def results(folder: Path, output: str) -> tuple[dict[str, Tensor], pc.DistillReport]:
-    state, report = torch.load(folder / output, weights_only=False)
-    found = pc.Report.from_dict(report).distillation
-    assert found is not None
-    return state, found
-
-
 @pytest.mark.timeout(280)
-def test_a_run_that_is_killed_goes_on_to_the_same_end(files: Path) -> None:
-    assert run(files, "whole") == 0
-    (files / "run").rename(files / "first")
-    assert run(files, "stopped", 7) == -signal.SIGKILL
-    assert run(files, "stopped", -1, "resume") == 0
-    (whole, one), (stopped, two) = (results(files, name) for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert [row.loss for row in one.steps] == [row.loss for row in two.steps]
-    assert (one.held_out_before, one.held_out_after, one.best_step) == (
-        two.held_out_before,
-        two.held_out_after,
-        two.best_step,
-    )
+def test_a_run_that_is_killed_goes_on_to_the_same_end(
+    model: LlamaForCausalLM, dense: LlamaForCausalLM, whole: tuple[dict[str, Tensor], pc.DistillReport], tmp_path: Path
+) -> None:
+    assert run(tmp_path, (model, dense), 7) == -signal.SIGKILL
+    found = pc.distill(model, dense, tokens(), SHARED, folder=tmp_path / "run", resume=True).distillation
+    assert found is not None
+    assert all(torch.equal(value, whole[0][name]) for name, value in model.state_dict().items())
+    assert [row.loss for row in found.steps] == [row.loss for row in whole[1].steps]
+    assert [row.held_out for row in found.steps] == [row.held_out for row in whole[1].steps]
+    assert (found.held_out_before, found.best_step) == (whole[1].held_out_before, whole[1].best_step)
 
 
 def test_a_run_of_something_else_does_not_go_on(
@@ -341,18 +332,24 @@ def test_a_run_of_something_else_does_not_go_on(
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_two_processes_do_what_one_does(shard: bool, files: Path) -> None:
-    run(files, "one")
-    (files / "run").rename(files / "first")
-    run(files, "two", -1, *(["shard"] if shard else []), processes=2)
-    (one, by_one), (two, by_two) = (results(files, name) for name in ("one", "two"))
+@pytest.mark.parametrize("more", [(), ("shard",)], ids=["replicated", "sharded"])
+def test_two_processes_do_what_one_does(
+    more: tuple[str, ...],
+    model: LlamaForCausalLM,
+    dense: LlamaForCausalLM,
+    whole: tuple[dict[str, Tensor], pc.DistillReport],
+    tmp_path: Path,
+) -> None:
+    assert run(tmp_path, (model, dense), -1, *more, processes=2) == 0
+    state, report = torch.load(tmp_path / "result.pt", weights_only=False)
+    found = pc.Report.from_dict(report).distillation
+    assert found is not None
     # Gradients are sums of three batches in another order, 1e-7 apart; AdamW divides them by their own size, so that
     # of single numbers with hardly a gradient more is left of that, and less on the whole.
-    losses = torch.tensor([[row.loss for row in each.steps] for each in (by_one, by_two)])
+    losses = torch.tensor([[row.loss for row in each.steps] for each in (whole[1], found)])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
-    assert by_two.held_out_after == pytest.approx(by_one.held_out_after, rel=1e-4)
-    assert by_two.best_step == by_one.best_step
-    for name in one:
-        if one[name].is_floating_point():
-            assert float((one[name] - two[name]).norm()) < 1e-3 * float(one[name].norm())
+    assert found.held_out_after == pytest.approx(whole[1].held_out_after, rel=1e-4)
+    assert found.best_step == whole[1].best_step
+    for name, value in whole[0].items():
+        if value.is_floating_point():
+            assert float((state[name] - value).norm()) < 1e-3 * float(value.norm())

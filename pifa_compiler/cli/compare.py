@@ -86,8 +86,8 @@ def compare_verb(
         measured = {text: evaluation_batches(text, model, tokenizer, seqlen=seqlen, limit=windows) for text in tests}
         recovery = None
         if training is not None:
-            text = training_batches(data, model, tokenizer, seqlen=seqlen, samples=samples, seed=seed)
-            recovery = Recovery(training, text)
+            all_of_it = training_batches(data, model, tokenizer, seqlen=seqlen, samples=samples, seed=seed)
+            recovery = Recovery(training, all_of_it)
         with progress("comparing", as_json) as tell:
             rows = compare(model, batches, measured, file, numbers, names, tell, recovery=recovery)
         if plot is not None:

@@ -104,6 +104,7 @@ class Training:
                 raise  # the others may wait for this one
             interrupted = True
             notes.append(f"interrupted after {len(self.rows)} steps; the best state until then was kept")
+        self.optimizer.state.clear()  # what is left to do needs the memory
         if not self.best_step:
             notes.append("no state was better on the held-out batches than the one to start with, which was kept")
         return DistillReport(
