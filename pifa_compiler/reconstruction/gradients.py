@@ -173,10 +173,15 @@ class _Sums:
     tokens: dict[Node, int] = field(default_factory=dict)
     gradient_gram: dict[Node, Tensor] = field(default_factory=dict)
 
-    def add_those_of_others(self, processes: Processes) -> None:
-        """Makes the sums those of all processes."""
-        if processes.size == 1:
-            return
+    def finish(self, processes: Processes) -> None:
+        """Makes the sums those of all processes, in float32; one after the other, as they take much of the memory."""
+        if processes.size > 1:
+            self._add_those_of_others(processes)
+        for sums in (self.gram, self.sum_abs, self.gradient_gram):
+            for node in sums:
+                sums[node] = sums[node].float()
+
+    def _add_those_of_others(self, processes: Processes) -> None:
         nodes = {node.name: node for node in (*self.gram, *self.gradient_gram)}
         own = {f"tokens {node.name}": torch.tensor(count) for node, count in self.tokens.items()}
         for part in ("gram", "sum_abs", "gradient_gram"):
@@ -267,7 +272,7 @@ class _Walk:
                 self.gradients.put(batch, gradients)
             self.values.drop(batch, set(before))  # going back through the block before makes them anew
         self.captured.weights.give_back()  # what is done with sums takes room
-        sums.add_those_of_others(self.processes)
+        sums.finish(self.processes)
         self.keep({node: _complete(node, sums) for node in block.nodes if node in self.linears})
 
     def _crossing(self, block: Block, batch: int) -> Values:
@@ -347,8 +352,7 @@ def _complete(linear: Node, sums: _Sums) -> DenseSums:
             f"the gradient at the output of {weight_name(linear)} is not finite; calibrate in float32, "
             "or pass gradients=False (--no-gradients)"
         )
-    gram = None if gram is None else gram.float()
-    return DenseSums(sums.gram[source].float(), gram, sums.sum_abs[source].float(), sums.tokens[source])
+    return DenseSums(sums.gram[source], gram, sums.sum_abs[source], sums.tokens[source])
 
 
 def _gram_matrix(rows: Tensor) -> Tensor:
