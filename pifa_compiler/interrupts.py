@@ -7,15 +7,17 @@ Programs that import the package keep their own way.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 _PACKAGE = __package__ or ""
 
 
-def take_exceptions() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt, as usual."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def hand_over(handler: Callable[[int, FrameType | None], object]) -> None:
+    """From here on Ctrl-C calls `handler`, in a process that does not ignore it."""
+    if signal.getsignal(signal.SIGINT) in (_end, signal.default_int_handler):
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end(*_: object) -> None:

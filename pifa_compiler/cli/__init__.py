@@ -35,21 +35,31 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except PifaError as error:
+        except KeyboardInterrupt as interrupt:
+            raise _stopped() from interrupt
+        except Exception as error:
+            if _signals:  # a library has made an error of its own of the interrupt, as numpy does while it writes
+                raise _stopped() from error
+            if not isinstance(error, PifaError):
+                raise
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
-        except KeyboardInterrupt as interrupt:
-            terminated = isinstance(interrupt, _Terminated)
-            typer.echo("terminated" if terminated else "interrupted", err=True)
-            raise typer.Exit(143 if terminated else 130) from interrupt
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came: what is half done is cleaned up as after Ctrl-C."""
+_signals: list[int] = []
+"""Those that came."""
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+def _stop(number: int, _: object) -> None:
+    """SIGINT or SIGTERM came: what is half done is cleaned up after either."""
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
+def _stopped() -> typer.Exit:
+    terminated = signal.SIGTERM in _signals
+    typer.echo("terminated" if terminated else "interrupted", err=True)
+    return typer.Exit(143 if terminated else 130)
 
 
 app = typer.Typer(
@@ -63,12 +73,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line on the arguments of the program."""
-    signal.signal(signal.SIGTERM, _terminate)
-    interrupts.take_exceptions()
+    signal.signal(signal.SIGTERM, _stop)
+    interrupts.hand_over(_stop)
     try:
         app(prog_name="pifa")
     finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) is _stop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
 from pifa_compiler import cli, interrupts
+from pifa_compiler.errors import CheckpointError
 
 DEEP = "[" * 100_000
 LONG = "y" * 5000
@@ -191,6 +193,42 @@ sys.meta_path.insert(0, Finder())
         text=True,
     )
     assert (run.returncode, run.stderr, run.stdout) == (130, "interrupted\n", "")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts this process's handlers of signals back."""
+    known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in known.items():
+        signal.signal(number, handler)
+    cli._signals.clear()
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("error", [None, TypeError, CheckpointError])
+def test_a_signal_is_one_line_whatever_a_library_makes_of_it(
+    sent: int,
+    code: int,
+    said: str,
+    error: type[Exception] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), sent)
+        except KeyboardInterrupt as interrupt:
+            raise (error or KeyboardInterrupt)("as numpy makes one") from interrupt
+
+    monkeypatch.setattr("pifa_compiler.checkpoint.inspect.inspect", stopped)
+    monkeypatch.setattr(sys, "argv", ["pifa", "inspect", "folder"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"{said}\n")
 
 
 def test_programs_that_import_the_package_keep_their_way_with_ctrl_c() -> None:

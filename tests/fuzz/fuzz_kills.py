@@ -130,7 +130,8 @@ def _in_child(work: Callable[[], object], *, exchanges: bool = True) -> _Child:
     code = 1
     try:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        signal.signal(signal.SIGTERM, cli._terminate)
+        signal.signal(signal.SIGTERM, cli._stop)
+        signal.signal(signal.SIGINT, cli._stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         warnings.simplefilter("ignore")
@@ -141,7 +142,10 @@ def _in_child(work: Callable[[], object], *, exchanges: bool = True) -> _Child:
     except KeyboardInterrupt:
         code = 130
     except BaseException:  # noqa: BLE001  it is said, whatever it is
-        traceback.print_exc()
+        if cli._signals:  # as the command line does
+            code = 130
+        else:
+            traceback.print_exc()
     finally:
         os._exit(code)
 
