@@ -134,16 +134,18 @@ class Draft:
         self._moving.unlink()
         return found
 
-    def delete(self) -> None:
-        """Deletes the draft, its lock last."""
+    def end(self) -> list[str]:
+        """Deletes the draft, its lock last, once all is put back; see `put_back`."""
+        found = self.put_back()
         with suppress(OSError):
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name != _LOCK:
                     path.unlink()
-            (self.folder / _LOCK).unlink()
+            (self.folder / _LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
+        return found
 
     def _is_there(self, name: str) -> bool:
         return os.path.lexists(self.parent / name)
@@ -163,8 +165,10 @@ def draft_in(parent: Path) -> Iterator[Draft]:
         yield draft
     finally:
         try:
-            draft.put_back()
-            draft.delete()
+            draft.end()
+        except KeyboardInterrupt:
+            draft.end()  # what it had begun; a second interrupt leaves it to the next draft
+            raise
         finally:
             if lock is not None:
                 os.close(lock)
@@ -183,11 +187,9 @@ def delete_abandoned(parent: Path) -> None:
         except OSError:  # in use, or gone
             continue
         try:
-            draft = Draft(folder)
-            if found := draft.put_back():
+            if found := Draft(folder).end():
                 text = f"{parent / found[-1]} is as it was before: a process that was replacing it was killed"
                 warnings.warn(text, stacklevel=3)
-            draft.delete()
         except OSError:  # it may be read only; the next one tries again
             continue
         finally:
@@ -218,7 +220,7 @@ def _new_draft(parent: Path) -> tuple[Draft, int | None]:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return Draft(folder), None
-            Draft(folder).delete()
+            Draft(folder).end()
             raise
 
 

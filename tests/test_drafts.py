@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def test_links_and_files_that_are_called_like_drafts_are_left_alone(tmp_path: Pa
     assert (tmp_path / "mine" / "x").exists()
     assert (tmp_path / ".pifa-11111111.draft").is_symlink()
     assert (tmp_path / ".pifa-22222222.draft").exists()
+
+
+def test_an_interrupt_while_a_draft_is_deleted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree, calls = shutil.rmtree, itertools.count()
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        rmtree(*args, **options)
+
+    def save() -> None:
+        with draft_in(tmp_path) as draft:
+            write(draft.new, {"m/x": "ours"})
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert os.listdir(tmp_path) == []
 
 
 def test_drafts_of_other_users_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
