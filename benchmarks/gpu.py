@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from pifa_compiler.kernels import linear, linear_ref
 from pifa_compiler.kernels.linear_gemm import linear_gemm
-from pifa_compiler.kernels.linear_siblings_gemm import linear_siblings_gemm
+from pifa_compiler.kernels.linear_siblings_gemm import linear_siblings_batched, linear_siblings_gemm
 from pifa_compiler.kernels.side_by_side import lay_side_by_side
 from torch import Tensor, nn
 
@@ -87,23 +87,29 @@ def check_siblings(name: str, which: str) -> list[str]:
 
     d_in, sizes = SIBLINGS[which]
     dtype = DTYPES[name]
-    parts = [operands(out, d_in, rank, 1, dtype) for out, rank in sizes]
-    w_pivots, coeffs = ([part[place] for part in parts] for place in (1, 2))
+    values = [operands(out, d_in, rank, 1, dtype) for out, rank in sizes]
+    w_pivots, coeffs = ([each[place] for each in values] for place in (1, 2))
     wrong = []
     for laid, tokens in itertools.product((False, True), (*TOKENS, 200)):
         if laid:
             lay_side_by_side(w_pivots)
             lay_side_by_side(coeffs)
         x = torch.randn(tokens, d_in, device="cuda").to(dtype)
-        for form in (linear_siblings_gemm, linear_siblings_triton):
-            z, rest = form(x, w_pivots, coeffs)
-            found = z.split([w.shape[0] for w in w_pivots], -1), rest.split([c.shape[0] for c in coeffs], -1)
-            for i, (w_pivot, coeff, *got) in enumerate(zip(w_pivots, coeffs, *found, strict=True)):
+        for form in (linear_siblings_gemm, linear_siblings_triton, linear_siblings_batched):
+            if form is linear_siblings_batched:
+                if which != "equal":
+                    continue
+                results = form(x, w_pivots, coeffs).unbind(-2)
+            else:
+                z, rest = form(x, w_pivots, coeffs)
+                parts = z.split([w.shape[0] for w in w_pivots], -1), rest.split([c.shape[0] for c in coeffs], -1)
+                results = [torch.cat(pair, -1) for pair in zip(*parts, strict=True)]
+            for i, (w_pivot, coeff, got) in enumerate(zip(w_pivots, coeffs, results, strict=True)):
                 exact = linear_ref(x.double(), w_pivot.double(), coeff.double())
                 torch_error = (linear(x, w_pivot, coeff) - exact).abs().max().item()
                 rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * d_in**0.5
                 bound = 2 * torch_error + rounding * exact.abs().max().item()
-                error = (torch.cat(got, -1) - exact).abs().max().item()
+                error = (got - exact).abs().max().item()
                 if not error <= bound:
                     wrong.append(f"WRONG {form} {name} {which} {i} tokens {tokens} laid {laid}: "
                                  f"error {error:.3g}, bound {bound:.3g}")  # fmt: skip

@@ -1,14 +1,18 @@
-"""The operator `pifa::linear_siblings_gemm`: both products of several linears on one input, by the library's GEMMs.
+"""Operators for several linears on one input: both products of all, by the library's GEMMs.
 
-    z = x [w_pivot of each]^T        rest_i = z_i coeff_i^T
+    linear_siblings_gemm       z = x [w_pivot of each]^T                rest_i = z_i coeff_i^T
+    linear_siblings_batched    y[:, i, :r] = x w_pivot_i^T              y[:, i, r:] = y[:, i, :r] coeff_i^T
 
-Where all w_pivot lie one behind the other in memory (`side_by_side`), z is one GEMM. Neighbours of one shape are one
-batched GEMM over their coefficients; where shapes differ, a Triton kernel multiplies all in one launch for up to
-`GROUPED_TOKENS` tokens, and more are a GEMM for every shape, each of which fills the chip.
+The first is for few tokens. Where all w_pivot lie one behind the other in memory (`side_by_side`), z is one GEMM.
+Neighbours of one shape are one batched GEMM over their coefficients; where shapes differ, a Triton kernel multiplies
+all in one launch for up to `GROUPED_TOKENS` tokens, and more are a GEMM for every shape, each of which fills the chip.
+
+The second is for more tokens and one shape: two batched GEMMs into one buffer, from which an order is undone in one
+read of every element; from the first's two buffers it would be two.
 
 On an H200 the joint GEMM and the batched one take 0.65 to 0.68 of dense for a Llama block of four times 4096 at density
-0.5 and 1 to 256 tokens, where a GEMM for every product takes 0.84 to 0.91 (`docs/speed.md`). The kernel for unequal
-shapes has not been timed on a GPU.
+0.5 and 1 to 256 tokens, where a GEMM for every product takes 0.84 to 0.91 (`docs/speed.md`). Neither the kernel for
+unequal shapes nor the second operator has been timed on a GPU.
 """
 
 from collections.abc import Sequence
@@ -27,6 +31,7 @@ GROUPED_TOKENS = 256
 
 _LIBRARY = torch.library.Library("pifa", "FRAGMENT")
 _LIBRARY.define("linear_siblings_gemm(Tensor x, Tensor[] w_pivots, Tensor[] coeffs) -> (Tensor, Tensor)")
+_LIBRARY.define("linear_siblings_batched(Tensor x, Tensor[] w_pivots, Tensor[] coeffs) -> Tensor")
 
 
 def _multiply(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -67,6 +72,32 @@ def _multiply_coefficients(z: Tensor, coeffs: list[Tensor], rest: Tensor) -> Non
             batch, out = by_sibling
             torch.bmm(batch, joint.view(len(run), others, rank).mT, out=out)
         from_z, from_rest = end_z, end_rest
+
+
+def _multiply_batched(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor]) -> Tensor:
+    y = _shape_of_batch(x, w_pivots, coeffs)
+    rank = w_pivots[0].shape[0]
+    left = x.contiguous().view(-1, x.shape[-1])
+    by_sibling = y.view(-1, *y.shape[-2:]).transpose(0, 1)
+    first, second = by_sibling[..., :rank], by_sibling[..., rank:]
+    joint = as_one(w_pivots), as_one(coeffs)
+    if joint[0] is not None and joint[1] is not None:
+        count = len(w_pivots)
+        torch.bmm(left.expand(count, -1, -1), joint[0].view(count, rank, -1).mT, out=first)
+        torch.bmm(first, joint[1].view(count, -1, rank).mT, out=second)
+    else:
+        for w_pivot, coeff, pivots, others in zip(w_pivots, coeffs, first, second, strict=True):
+            torch.mm(left, w_pivot.t(), out=pivots)
+            torch.mm(pivots, coeff.t(), out=others)
+    return y
+
+
+def _shape_of_batch(x: Tensor, w_pivots: Sequence[Tensor], coeffs: Sequence[Tensor]) -> Tensor:
+    check_siblings("linear_siblings_batched", x, w_pivots, coeffs)
+    if any(w.shape != w_pivots[0].shape or c.shape != coeffs[0].shape for w, c in zip(w_pivots, coeffs, strict=True)):
+        shapes = [tuple(c.shape) for c in coeffs]
+        raise ValueError(f"linear_siblings_batched takes siblings of one shape, got coeffs {shapes}")
+    return x.new_empty(*x.shape[:-1], len(w_pivots), w_pivots[0].shape[0] + coeffs[0].shape[0])
 
 
 def _runs(coeffs: list[Tensor]) -> list[list[Tensor]]:
@@ -128,6 +159,8 @@ torch.library.register_fake(
     lambda x, w_pivots, coeffs: shapes_of_siblings("linear_siblings_gemm", x, w_pivots, coeffs),
     lib=_LIBRARY,
 )
+_LIBRARY.impl("linear_siblings_batched", _multiply_batched, "CompositeExplicitAutograd")
+torch.library.register_fake("pifa::linear_siblings_batched", _shape_of_batch, lib=_LIBRARY)
 
 
 def linear_siblings_gemm(x: Tensor, w_pivots: Sequence[Tensor], coeffs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -147,3 +180,19 @@ def linear_siblings_gemm(x: Tensor, w_pivots: Sequence[Tensor], coeffs: Sequence
     """
     z, rest = torch.ops.pifa.linear_siblings_gemm.default(x, list(w_pivots), list(coeffs))
     return z, rest
+
+
+def linear_siblings_batched(x: Tensor, w_pivots: Sequence[Tensor], coeffs: Sequence[Tensor]) -> Tensor:
+    """`pifa::linear` without order and bias for several weights of one shape on one x.
+
+    Args:
+        x, w_pivots, coeffs: as in `linear_siblings_gemm`, all w_pivots [r, in], all coeffs [out - r, r].
+
+    Returns:
+        [..., siblings, out] in stored order, dtype of `x`, contiguous. y_p is rounded before it is multiplied.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    y: Tensor = torch.ops.pifa.linear_siblings_batched.default(x, list(w_pivots), list(coeffs))
+    return y

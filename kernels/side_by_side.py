@@ -38,8 +38,8 @@ def may_be_laid(tensors: Sequence[Tensor]) -> bool:
     """Whether `lay_side_by_side` can move the tensors unseen, or need not.
 
     Not those with anything else in their storage or in its use: a larger tensor that they are views of, another name
-    for the same numbers, a state dict. Nor tensors of several dtypes or devices, and of sizes that would put one at an
-    address that is no multiple of `ALIGNMENT`.
+    for the same numbers, a state dict, another process. Nor tensors of several dtypes or devices, and of sizes that
+    would put one at an address that is no multiple of `ALIGNMENT`.
     """
     if any(tensor.is_meta for tensor in tensors):
         return False
@@ -52,6 +52,7 @@ def may_be_laid(tensors: Sequence[Tensor]) -> bool:
         and tensor.is_contiguous()
         and tensor.numel() * tensor.element_size() % ALIGNMENT == 0
         and not tensor.is_inference()
+        and not (tensor.device.type == "cpu" and tensor.is_shared())
         and _is_alone_in_storage(tensor)
         for tensor in tensors
     )

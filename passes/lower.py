@@ -82,13 +82,13 @@ def _case(gm: GraphModule, node: Node) -> Case | None:
     if w_pivot is None or coeff is None:
         return None
     (rank, d_in), d_out = w_pivot.shape, w_pivot.shape[0] + coeff.shape[0]
-    numbers = None if result is None else _hint(result.numel())
+    numbers = None if result is None else hint_of(result.numel())
     others = {value.dtype for value in (x, coeff, bias, result) if value is not None} - {w_pivot.dtype}
     tokens = None if numbers is None else numbers // d_out
     return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens, frozenset(others))
 
 
-def _hint(number: int | torch.SymInt) -> int | None:
+def hint_of(number: int | torch.SymInt) -> int | None:
     """The number, or the example's where it varies; None where it depends on values (`nonzero`) and has none."""
     if not isinstance(number, torch.SymInt):
         return number

@@ -6,13 +6,17 @@
     pifa::linear_gemm(x, w1, c1), pifa::linear_gemm(x, w2, c2)
         ->  z, n = pifa::linear_siblings_gemm(x, [w1, w2], [c1, c2]); cat(z_1, n_1), cat(z_2, n_2)
 
+    the same of one shape, over many tokens
+        ->  y = pifa::linear_siblings_batched(x, [w1, w2], [c1, c2]); y[..., 0, :], y[..., 1, :]
+
     pifa::linear_triton(x, w1, c1, o1, b1), pifa::linear_triton(x, w2, c2, o2, b2)
         ->  z, n = pifa::linear_siblings_triton(x, [w1, w2], [c1, c2]); cat(z_1, n_1)[o1] + b1, ...
 
 It works on what `Lower` leaves. On CPUs, for one or a few tokens, the call itself is a good part of a small layer's
 time, and all threads stream the pivot rows together, then the coefficients. On GPUs two launches take the place of two
 for every sibling, and fill the chip; Inductor fuses what is behind them. For GEMMs the pivot rows are moved in memory,
-one behind the other, and so are the coefficients: the model's own tensors, so that nothing is held twice.
+one behind the other, and so are the coefficients: the model's own tensors, so that nothing is held twice. Over many
+tokens siblings of several shapes stay apart where an order is undone: from two buffers it takes two reads of all.
 """
 
 import operator
@@ -24,9 +28,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import linear_cpu as _defines_cpu  # noqa: F401
-from ..kernels import linear_siblings_gemm as _defines_gemm  # noqa: F401
+from ..kernels.linear_siblings_gemm import GROUPED_TOKENS
 from ..kernels.side_by_side import lay_side_by_side, may_be_laid
 from .effects import writes_between
+from .lower import hint_of
 from .rewrite import Rewrite, Skip
 from .weights import tensor_at, value_of
 
@@ -41,6 +46,7 @@ class _Found:
     siblings: list[Node]  # in the order of the graph
     w_pivots: list[Tensor]
     coeffs: list[Tensor]
+    batched: bool = False
 
 
 class MergeSiblings(Rewrite):
@@ -71,6 +77,12 @@ class MergeSiblings(Rewrite):
             return Skip("siblings stay apart: their weights are not known")
         if node.target == pifa.linear_gemm.default and not (may_be_laid(w_pivots) and may_be_laid(coeffs)):
             return Skip("siblings stay apart: their weights cannot be moved, others use the same memory")
+        if node.target == pifa.linear_gemm.default and _has_many_tokens(gm, x):
+            batched = len({(w.shape, c.shape) for w, c in zip(w_pivots, coeffs, strict=True)}) == 1
+            ordered = any(user.target is aten.index_select.default for each in siblings for user in each.users)
+            if not batched and ordered:
+                return Skip("siblings stay apart: of several shapes, over many tokens, with orders to undo")
+            return _Found(siblings, w_pivots, coeffs, batched)
         return _Found(siblings, w_pivots, coeffs)
 
     def rewrite(self, gm: GraphModule, node: Node, found: _Found) -> Node:
@@ -85,12 +97,16 @@ class MergeSiblings(Rewrite):
             if node.target == pifa.linear_gemm.default:
                 lay_side_by_side(found.w_pivots)
                 lay_side_by_side(found.coeffs)
-                joint = gm.graph.call_function(pifa.linear_siblings_gemm.default, (x, w_pivots, coeffs))
+                products = pifa.linear_siblings_batched if found.batched else pifa.linear_siblings_gemm
+                joint = gm.graph.call_function(products.default, (x, w_pivots, coeffs))
             else:
                 from ..kernels import linear_triton_siblings as _defines_triton  # noqa: F401  imports triton
 
                 joint = gm.graph.call_function(pifa.linear_siblings_triton.default, (x, w_pivots, coeffs))
-            results = _taken_apart(gm, joint, found, *others)
+            if found.batched:
+                results = [gm.graph.call_function(aten.select.int, (joint, -2, i)) for i in range(len(found.siblings))]
+            else:
+                results = _taken_apart(gm, joint, found, *others)
             results[0]._rename(str(joint.target).split(".")[1])  # records name what stands there by its form
         for sibling, result in zip(found.siblings[1:], results[1:], strict=True):
             result.meta = dict(sibling.meta)
@@ -108,6 +124,12 @@ class MergeSiblings(Rewrite):
         again = gm.graph.get_attr(str(arg.target))
         again.meta = dict(arg.meta)
         return again
+
+
+def _has_many_tokens(gm: GraphModule, x: Node) -> bool:
+    value = value_of(gm, x)
+    numbers = None if value is None else hint_of(value.numel() // value.shape[-1])
+    return numbers is not None and numbers > GROUPED_TOKENS
 
 
 def _taken_apart(

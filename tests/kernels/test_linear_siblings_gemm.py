@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 from pifa_compiler.kernels import linear_ref
-from pifa_compiler.kernels.linear_siblings_gemm import GROUPED_TOKENS, linear_siblings_gemm
+from pifa_compiler.kernels.linear_siblings_gemm import GROUPED_TOKENS, linear_siblings_batched, linear_siblings_gemm
 from pifa_compiler.kernels.side_by_side import as_one, lay_side_by_side
 from torch import Tensor
 from torch.profiler import profile
@@ -31,10 +31,10 @@ def assert_right(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor]) -> Non
         assert (torch.cat(found, -1) - wanted).norm() <= 2 * torch.finfo(x.dtype).eps * wanted.norm()
 
 
-def gemms(*values) -> tuple[int, int]:
+def gemms(*values, function=linear_siblings_gemm) -> tuple[int, int]:
     """How many GEMMs and batched GEMMs are called."""
     with profile() as found:
-        linear_siblings_gemm(*values)
+        function(*values)
     calls = {event.key: event.count for event in found.key_averages()}
     return calls.get("aten::mm", 0), calls.get("aten::bmm", 0)
 
@@ -116,3 +116,35 @@ def test_the_operator_is_registered_as_torch_demands(sizes):
 def test_what_does_not_fit_is_refused(change, message: str):
     with pytest.raises(ValueError, match=message):
         linear_siblings_gemm(*change(*operands(EQUAL, (3,), torch.float32)))
+
+
+@pytest.mark.parametrize("laid", [True, False], ids=["side-by-side", "apart"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [(1,), (2, 3, 4), (), (0,), (300,)], ids=str)
+@pytest.mark.parametrize("rank", [8, 17, 40])
+def test_batched_values_against_float64(
+    rank: int, batch: tuple[int, ...], dtype: torch.dtype, laid: bool, monkeypatch: pytest.MonkeyPatch
+):
+    x, w_pivots, coeffs = operands([(40, rank)] * 3, batch, dtype)
+    if laid:
+        lay_side_by_side([*w_pivots])
+        lay_side_by_side([*coeffs])
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+    y = linear_siblings_batched(x, w_pivots, coeffs)
+    assert (y.shape, y.dtype, y.is_contiguous()) == ((*batch, 3, 40), dtype, True)
+    for i, weights in enumerate(zip(w_pivots, coeffs, strict=True)):
+        wanted = linear_ref(x.double(), *(w.double() for w in weights))
+        # Either half of y is rounded once, and y_p, which enters the other half, once more; sums are float32.
+        assert (y[..., i, :] - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_a_batch_is_two_launches_and_is_registered_as_torch_demands():
+    x, w_pivots, coeffs = operands(EQUAL, (5,), torch.float32)
+    assert gemms(x, w_pivots, coeffs, function=linear_siblings_batched) == (6, 0)
+    lay_side_by_side(w_pivots)
+    lay_side_by_side(coeffs)
+    assert gemms(x, w_pivots, coeffs, function=linear_siblings_batched) == (0, 2)
+    torch.library.opcheck(torch.ops.pifa.linear_siblings_batched.default, (x, w_pivots, coeffs))
+    with pytest.raises(ValueError, match="of one shape"):
+        linear_siblings_batched(*operands(UNEQUAL, (5,), torch.float32))

@@ -64,8 +64,9 @@ def test_the_memory_outlives_the_first_of_them():
         lambda w: [*w, torch.randn(4, 16)],
         lambda w: [*w, torch.empty(4, 16, device="meta")],
         lambda w: [torch.randn(1, 3).bfloat16(), *w],
+        lambda w: [torch.randn(4, 16).bfloat16().share_memory_(), *w],
     ],
-    ids=["twice", "strided", "view", "dtype", "meta", "unaligned"],
+    ids=["twice", "strided", "view", "dtype", "meta", "unaligned", "shared"],
 )
 def test_tensors_that_others_may_rely_on_are_not_moved(others):
     assert not may_be_laid(others(weights((8, 16), (24, 16))))

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pifa_compiler.passes import Lower, MergeSiblings, Skip, run_passes
 from pifa_compiler.passes.lower import FORMS
 from tiny_models import tiny_llama
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.profiler import profile
 from torch.testing import assert_close
 
@@ -19,7 +21,7 @@ from pifa_compiler.modules import replace_linear
 
 pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear_cpu.load()))
 
-pifa = torch.ops.pifa
+aten, pifa = torch.ops.aten, torch.ops.pifa
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 ON_GPUS = {"cpu": FORMS["cuda"]}
@@ -141,6 +143,25 @@ def test_products_on_gpus_become_joint_ones(equal: bool, order: bool, bias: bool
     assert run_passes(gm, [MergeSiblings()]) == []  # a second run finds nothing
 
 
+@pytest.mark.parametrize("by", ["export", "dynamo"])  # symbolic_trace knows no shapes, so not how many tokens
+@pytest.mark.parametrize(
+    ("equal", "order", "outcome"),
+    [
+        (True, True, "linear_siblings_batched"),
+        (True, False, "linear_siblings_batched"),
+        (False, False, "linear_siblings_gemm"),
+        (False, True, Skip("siblings stay apart: of several shapes, over many tokens, with orders to undo")),
+    ],
+)
+def test_an_order_of_many_tokens_is_undone_from_one_buffer(by: str, equal: bool, order: bool, outcome: str | Skip):
+    model, x = Projections(equal=equal, order=order), torch.randn(2, 200, 16)
+    gm = CAPTURES[by](model, (x,))
+    *_, record = run_passes(gm, [Lower(forms=ON_GPUS), MergeSiblings()])
+    assert record.outcome == outcome
+    assert (op_counts(gm).get(aten.cat.default, 0) > 1) is (outcome == "linear_siblings_gemm")  # one is the model's
+    assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @interpreted
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("order", [True, False], ids=["order", "no-order"])
@@ -166,7 +187,9 @@ def test_gemms_stay_apart_where_weights_cannot_be_moved():
 
 
 def pifa_llama(heads_of_keys: int) -> nn.Module:
-    model = tiny_llama(num_key_value_heads=heads_of_keys, num_hidden_layers=1, tie_word_embeddings=False)
+    model = tiny_llama(
+        num_key_value_heads=heads_of_keys, tie_word_embeddings=False, num_hidden_layers=1, max_position_embeddings=512
+    )
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
@@ -190,8 +213,8 @@ def test_a_block_of_llama_is_eight_launches_and_no_weight_is_held_twice(
     model = pifa_llama(heads_of_keys)
     held = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
     compiled = torch.compile(model, backend="pifa", dynamic=False)
-    for tokens in (1, 40):
-        ids = torch.arange(tokens)[None]
+    for tokens in (1, 40, 300)[: 3 if heads_of_keys == 4 else 2]:
+        ids = torch.arange(tokens)[None] % 64
         wanted = model(ids, use_cache=False).logits
         assert_close(compiled(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-5)
         calls = calls_of(compiled, ids, use_cache=False)
@@ -209,3 +232,22 @@ def test_a_block_of_llama_is_eight_launches_and_no_weight_is_held_twice(
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
     model.model.layers[0].mlp.up_proj.coeff.data = -model.model.layers[0].mlp.up_proj.coeff  # exchanged: apart now
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_takes_the_parts_of_siblings_together_where_it_reads_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(FORMS, "cpu", FORMS["cuda"])
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = layer(24, 8), layer(24, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(self.gate(x)) * self.up(x)
+
+    model, x = Gated(), torch.randn(3, 16)
+    result, (code,) = run_and_get_code(torch.compile(model, backend="pifa", dynamic=False), x)
+    assert_close(result, model(x), rtol=1e-4, atol=1e-4)
+    assert code.count("pifa.linear_siblings_gemm.default(") == 1
+    assert "aten.cat" not in code
+    assert len(re.findall(r"^cpp_fused\w* = ", code, re.MULTILINE)) == 1  # orders and biases too
