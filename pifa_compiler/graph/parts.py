@@ -37,10 +37,17 @@ def capture_whole_or_in_parts(model: nn.Module, batches: Sequence[Batch]) -> Cap
     except CaptureError as error:
         if isinstance(model, GraphModule):
             raise
-        parts = [part for part in _parts_of(model, batches) if _linears(part.captured.graph)]
+        try:
+            parts = [part for part in _parts_of(model, batches) if _linears(part.captured.graph)]
+        except _CallError:
+            raise error from None
         if not parts:
             raise
         return _as_one(model, parts, error)
+
+
+class _CallError(CaptureError):
+    """The model cannot be called with a batch at all."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,11 @@ def _record(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) ->
             for calls in recorded.values():
                 calls.counts.append(0)
             args, kwargs = call_of(model, batch, None if weight is None else weight.device)
-            with torch.no_grad():
-                model(*args, **kwargs)
+            try:
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            except Exception as failed:  # whatever the model's own code raises
+                raise _CallError(f"{type(model).__name__} cannot be called with a batch: {failed}") from failed
     finally:
         for hook in hooks:
             hook.remove()

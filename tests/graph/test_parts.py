@@ -124,6 +124,17 @@ def test_a_model_without_such_parts_is_refused_for_what_hinders_the_whole():
         capture_whole_or_in_parts(Nothing(), [torch.ones(2, 4)])
 
 
+class Fails(Nothing):
+    def forward(self, x: Tensor) -> Tensor:
+        raise LookupError("nowhere")
+
+
+def test_a_model_that_fails_when_it_is_called_is_refused_likewise():
+    model = nn.Sequential(nn.Linear(4, 4), Fails())
+    with pytest.raises(CaptureError, match="could not capture Sequential as one graph: nowhere"):
+        capture_whole_or_in_parts(model, [torch.ones(2, 4)])
+
+
 def test_numbers_and_flags_that_differ_between_batches_are_refused():
     model = Block()
     batches = [{"x": torch.randn(2, 12), "scaled": flag} for flag in (True, False)]
