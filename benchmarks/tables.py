@@ -230,8 +230,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{
         "-".join(("options", *path)): (lambda path=path: options(*path))
         for path in (
-            *(("compress",), ("distill",), ("eval",), ("inspect",), ("generate",), ("compare",), ("demo",), ("export",)),
-            *(("bench", "layer"), ("bench", "model"), ("bench", "onnx")),
+            *(("compress",), ("distill",), ("eval",), ("inspect",), ("generate",), ("compare",), ("demo",)),
+            *(("export",), ("bench", "layer"), ("bench", "model"), ("bench", "onnx")),
         )
     },
 }

@@ -99,6 +99,13 @@ def test_code_of_safety_runs(world: dict[str, Any], capsys: pytest.CaptureFixtur
     assert "lm_head" in capsys.readouterr().out
 
 
+def test_code_of_distillation_runs(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    config = world["pc"].DistillConfig
+    monkeypatch.setattr(world["pc"], "DistillConfig", lambda steps: config(steps=steps // 60))
+    run(ROOT / "docs" / "distillation.md", world)
+    assert len(world["report"].distillation.steps) == 2
+
+
 def test_code_of_architecture_runs(world: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     run(ROOT / "docs" / "architecture.md", world)
     assert "FactorizePair" in capsys.readouterr().out
@@ -145,7 +152,15 @@ def test_code_of_large_models_runs(world: dict[str, Any]):
 
 def test_all_documents_with_code_are_run():
     with_code = {file.name for file in DOCUMENTS if blocks(file, "python")}
-    others = {"architecture.md", "checkpoint-format.md", "large-models.md", "onnx.md", "safety.md"}
+    others = {
+        "architecture.md",
+        "checkpoint-format.md",
+        "distillation.md",
+        "large-models.md",
+        "lora.md",
+        "onnx.md",
+        "safety.md",
+    }
     assert with_code == {"README.md", *others}
 
 

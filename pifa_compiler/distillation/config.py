@@ -18,6 +18,7 @@ class DistillConfig:
         steps: updates of the weights.
         minutes: of wall time, evaluations included; the learning rate comes to its end with them.
         learning_rate: of AdamW, the highest; it rises over the share `warmup` of the run and falls to 0 as a cosine.
+            None takes 1e-4 for steps of 1024 tokens or fewer, and for larger ones more, by the root, 3e-4 at most.
         warmup: in [0, 1).
         batches_per_step: whose gradients are added up for one step.
         clip: the largest norm of a step's gradient; longer ones are shortened.
@@ -47,7 +48,7 @@ class DistillConfig:
 
     steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     warmup: float = 0.1
     batches_per_step: int = 8
     clip: float = 1.0

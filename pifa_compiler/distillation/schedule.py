@@ -4,16 +4,25 @@ import math
 
 from .config import DistillConfig
 
+_RATE, _AT_TOKENS, _HIGHEST_RATE = 1e-4, 1024, 3e-4
+"""The first updates are as large as the rate in every number; how much of them is noise, a step's tokens say."""
+
 
 class Schedule:
     """Of a run of so many steps, or minutes.
 
+    Args:
+        config: says how many.
+        tokens: that a step's loss is taken over; they say the learning rate where `config` does not.
+
     Attributes:
+        highest: the learning rate after warm-up.
         reserve: seconds that the last evaluation will take, which the clock has to leave.
     """
 
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillConfig, tokens: float) -> None:
         self.config = config
+        self.highest = config.learning_rate or min(_RATE * math.sqrt(max(tokens / _AT_TOKENS, 1)), _HIGHEST_RATE)
         self.reserve = 0.0
 
     def share(self, step: int, seconds: float) -> float:
@@ -27,5 +36,5 @@ class Schedule:
         """Of a step that begins where `share` of the run is done, and takes `length` of it; from the middle of it."""
         at, warmup = min(share + length / 2, 1.0), self.config.warmup
         if at < warmup:
-            return self.config.learning_rate * at / warmup
-        return self.config.learning_rate * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2
+            return self.highest * at / warmup
+        return self.highest * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2

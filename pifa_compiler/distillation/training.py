@@ -65,7 +65,8 @@ class Training:
         self.student, self.teacher, self.objective, self.config = student, teacher, objective, config
         self.calls, self.held_out, self.folder, self.durable = calls, held_out, folder, durable
         self.processes, self.autocast, self.progress = processes, autocast, progress
-        self.schedule = Schedule(config)
+        tokens = sum(map(objective.count, calls)) / len(calls) * config.batches_per_step
+        self.schedule = Schedule(config, tokens)
         self.optimizer = torch.optim.AdamW(
             student.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -182,7 +183,7 @@ class Training:
         if not (math.isfinite(total) and math.isfinite(float(norm))):
             raise CalibrationError(
                 f"step {number + 1}: the loss is {total}, the norm of its gradient {float(norm)}; lower the learning "
-                f"rate ({self.config.learning_rate}), or pass bfloat16=False"
+                f"rate ({self.schedule.highest}), or pass bfloat16=False"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -7,7 +7,7 @@ from pifa_compiler.distillation.schedule import Schedule
 
 
 def test_it_rises_falls_and_ends_at_zero() -> None:
-    schedule = Schedule(DistillConfig(steps=100, learning_rate=1.0, warmup=0.1))
+    schedule = Schedule(DistillConfig(steps=100, learning_rate=1.0, warmup=0.1), 1)
     rates = [schedule.learning_rate(schedule.share(step, 0.0), 0.01) for step in range(100)]
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates.index(max(rates)) == 10
@@ -18,8 +18,14 @@ def test_it_rises_falls_and_ends_at_zero() -> None:
     assert schedule.share(100, 0.0) == 1
 
 
+def test_the_rate_follows_the_tokens_of_a_step_by_the_root_within_bounds() -> None:
+    config = DistillConfig(steps=100)
+    rates = [Schedule(config, tokens).highest for tokens in (1, 1024, 4096, 16384)]
+    assert rates == pytest.approx([1e-4, 1e-4, 2e-4, 3e-4])
+
+
 def test_by_the_clock_it_leaves_time_for_the_last_evaluation() -> None:
-    schedule = Schedule(DistillConfig(minutes=2))
+    schedule = Schedule(DistillConfig(minutes=2), 1)
     assert schedule.share(7, 60) == 0.5
     schedule.reserve = 20
     assert schedule.share(7, 50) == 0.5
