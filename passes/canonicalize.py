@@ -154,13 +154,16 @@ def _match_bias(gm: GraphModule, node: Node) -> _Found | None:
         return None
     if list(linear.users) != [node] or _caller(linear) != _caller(node):
         return None
-    base, transposed = _fold_transposes(gm, linear.args[1])
+    x, matrix = linear.args
+    if not isinstance(x, Node) or not isinstance(matrix, Node):
+        return None
+    base, transposed = _fold_transposes(gm, matrix)
     weight, vector = tensor_at(gm, base), tensor_at(gm, bias)
-    if weight is None or vector is None or not isinstance(linear.args[0], Node):
+    if weight is None or vector is None:
         return None
     outputs = torch.Size((weight.shape[1 if transposed else 0],))
     same = vector.shape == outputs and vector.dtype == weight.dtype == _dtype(linear) == _dtype(node)
-    return _Found(linear.args[0], base, transposed, bias) if same else None
+    return _Found(x, base, transposed, bias) if same else None
 
 
 def _caller(node: Node) -> Any:
