@@ -198,7 +198,11 @@ def _layer_calls(layers: Sequence[PifaLinear], x: Tensor) -> dict[str, Callable[
     if x.is_cuda and torch.version.hip is None and x.dtype in (torch.float16, torch.bfloat16):
         keeps_two_of_four = torch.tensor([1, 1, 0, 0], device=x.device, dtype=x.dtype)
         pruned = [weight * keeps_two_of_four.repeat(weight.shape[1] // 4) for weight in dense]
-        sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in pruned]
+        try:
+            sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in pruned]
+            nn.functional.linear(x, sparse[0])
+        except RuntimeError:  # how torch says that this GPU, or its own build, has none
+            return calls
         calls["sparse"] = lambda i: nn.functional.linear(x, sparse[i])
     return calls
 
