@@ -8,7 +8,8 @@
 `write` makes hidden 2048, MLP 5632, 32 heads of which 4 for keys and values, the vocabulary of SmolLM2, whose tokenizer
 it takes; 30 layers are 1.5 billion parameters. Nothing of it is in memory for longer than it takes to write. `run`
 prints a row as JSON: what was planned, what the kernel saw (the largest resident set of the process), seconds. `kill`
-resumes after each kill and compares the result with that of a run that was left alone, byte for byte.
+resumes after each kill, starts again until there were enough of them, and compares each result with that of a run that
+was left alone, byte for byte.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import filecmp
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -151,17 +154,32 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 def kill(options: argparse.Namespace) -> dict[str, object]:
-    """A run that is killed again and again, and one that is not."""
+    """Runs that are killed again and again until there were enough kills, and one that is not."""
     whole = options.output.with_name(f"{options.output.name}-whole")
     started = time.perf_counter()
     subprocess.run(command(options, whole), capture_output=True, check=True)
-    alone, generator, kills, more = time.perf_counter() - started, random.Random(options.seed), 0, ()
+    alone, generator, kills, runs = time.perf_counter() - started, random.Random(options.seed), 0, 0
+    while kills < options.kills:
+        kills += killed_run(options, (generator.uniform(0.1, 1) * alone / 2 for _ in range(options.kills - kills)))
+        runs += 1
+        files = sorted(path.name for path in whole.iterdir())
+        same, other, missing = filecmp.cmpfiles(whole, options.output, files, shallow=False)
+        strays = [path.name for path in options.output.parent.iterdir() if path.name.startswith(".")]
+        assert set(other) <= {"pifa_report.json"}, other  # it tells how long it took
+        assert not missing, missing
+        assert not strays, strays
+        shutil.rmtree(options.output)
+    return {**provenance(), "kills": kills, "runs": runs, "seconds_alone": round(alone, 1), "same": same}
+
+
+def killed_run(options: argparse.Namespace, patience: Iterator[float]) -> int:
+    """One run to its end, killed after each of so many seconds and gone on with; how often it was killed."""
+    kills, more = 0, ()
     while True:
         process = subprocess.Popen(command(options, options.output, *more), stdout=subprocess.DEVNULL)
-        patience = generator.uniform(0.1, 1) * alone / 2 if kills < options.kills else None
         try:
-            if process.wait(timeout=patience) == 0:
-                break
+            if process.wait(timeout=next(patience, None)) == 0:
+                return kills
             sys.exit(f"failed with {process.returncode}")
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -169,15 +187,6 @@ def kill(options: argparse.Namespace) -> dict[str, object]:
             kills += 1
         begun = options.output.with_name(f".{options.output.name}.run") / "run.json"
         more = ("--resume",) if begun.exists() else ()
-    files = sorted(path.name for path in whole.iterdir())
-    same, other, missing = filecmp.cmpfiles(whole, options.output, files, shallow=False)
-    # The report, and what quotes it, tell how long it took.
-    told = {"pifa_report.json"}
-    strays = [path.name for path in options.output.parent.iterdir() if path.name.startswith(f".{options.output.name}")]
-    assert set(other) <= told, other
-    assert not missing, missing
-    assert not strays, strays
-    return {**provenance(), "kills": kills, "seconds_alone": round(alone, 1), "same": same, "differ": other}
 
 
 def main() -> None:
