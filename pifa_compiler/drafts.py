@@ -196,6 +196,17 @@ def delete_abandoned(parent: Path) -> None:
             os.close(lock)
 
 
+def delete_at_once(folder: Path) -> None:
+    """Deletes a folder: it is gone from its name at once, and if the process is killed then, the rest is abandoned.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    doomed = folder.with_name(_NAME.format(secrets.token_hex(4)))
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     opened = os.open(path, os.O_RDONLY)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -112,6 +111,7 @@ def distill_verb(
         from ..checkpoint.format import read_report
         from ..device import device_name
         from ..distill import distill
+        from ..drafts import delete_at_once
         from ..files import check_destination
         from ..hf.loading import load_model, load_tokenizer
         from ..hf.text import read_text, training_batches
@@ -152,7 +152,7 @@ def distill_verb(
             if plot is not None:
                 draw({name.name: found}, plot)
             if not found.interrupted:
-                shutil.rmtree(beside)
+                delete_at_once(beside)
     if not processes.is_first:
         return
     if as_json:

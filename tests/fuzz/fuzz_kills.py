@@ -1,4 +1,4 @@
-"""Kills saves, exports and compressions at random moments: what was there, or what is new, is there whole.
+"""Kills saves, exports, compressions and distillations at any moment: what was there, or what is new, is whole.
 
     python tests/fuzz/fuzz_kills.py 1000 [SEED]
 
@@ -33,17 +33,20 @@ if __name__ == "__main__":
 from onnx import helper
 from onnx_models import low_rank_file, matrix, pifa_llama, save_graph
 from pifa_compiler.export import rewrite_onnx, to_onnx
-from stopped_runs import is_stopped, streamed
+from stopped_runs import is_stopped, streamed, tokens
 from tiny_models import tiny_llama
 from torch import nn
 
-from pifa_compiler import PifaLinear, cli, drafts
+from pifa_compiler import DistillConfig, PifaLinear, cli, distill, drafts
 from pifa_compiler.checkpoint import save_pretrained
 
 SECONDS = 60
 """That no write takes."""
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+WEIGHTS = (15, 15, 1, 2, 2)
+"""How often each is chosen: some take longer."""
+
 _REPORT = "pifa_report.json"  # says how long it took
 
 State = dict[str, bytes] | None
@@ -71,7 +74,8 @@ def attacks(folder: Path) -> dict[str, Attack]:
     """All of them, tried once."""
     models = [pifa_llama(), pifa_llama(intermediate_size=64)]
     dense = [folder / "dense-0", folder / "dense-1"]
-    for source, model in zip(dense, (tiny_llama(), tiny_llama(intermediate_size=64)), strict=True):
+    teachers = [tiny_llama(), tiny_llama(intermediate_size=64)]
+    for source, model in zip(dense, teachers, strict=True):
         model.save_pretrained(source)
     apart = low_rank_file(folder / "apart.onnx", external=True)
     pair = [helper.make_node("MatMul", ["x", "V"], ["a"]), helper.make_node("MatMul", ["a", "U"], ["y"])]
@@ -87,6 +91,7 @@ def attacks(folder: Path) -> dict[str, Attack]:
             "m",
             lambda v, place: streamed(dense[v], place, resume=is_stopped(place), overwrite=True),
         ),
+        "distil": ("m", lambda v, place: _distilled(models[v], teachers[v], place)),
     }
     found = {}
     for kind, (name, write) in writes.items():
@@ -100,6 +105,18 @@ def attacks(folder: Path) -> dict[str, Attack]:
         assert versions[0] != versions[1]
         found[kind] = Attack(write, name, versions, min(seconds))
     return found
+
+
+def _distilled(model: nn.Module, teacher: nn.Module, place: Path) -> None:
+    """Trains a model for a few steps, each of them durable, and saves it, as `pifa distill` does."""
+    student, folder = copy.deepcopy(model), place.with_name(f".{place.name}.run")
+    config = DistillConfig(steps=4, batches_per_step=1, save_minutes=1e-9)
+    report = distill(student, teacher, tokens(), config, folder=folder, resume=is_stopped(place))
+    assert report.distillation is not None
+    if report.distillation.interrupted:
+        raise KeyboardInterrupt  # the command saves the best so far, which would be another one every time
+    save_pretrained(student, place, overwrite=True)
+    drafts.delete_at_once(folder)
 
 
 def state(parent: Path, name: str) -> State:
@@ -196,7 +213,7 @@ def run(seeds: range) -> tuple[collections.Counter[str], list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         ways = attacks(Path(scratch))
         for seed in seeds:
-            kind = random.Random(seed).choices(list(ways), weights=(15, 15, 1, 2))[0]
+            kind = random.Random(seed).choices(list(ways), weights=WEIGHTS)[0]
             said, wrong = one(seed, kind, ways[kind], Path(scratch, kind))
             outcomes[said] += 1
             faults += wrong
