@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .errors import CheckpointError
 from .factors import FactorQuality, stored_numbers
 
 _KINDS_SHOWN = 5
@@ -180,22 +181,31 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """A report as `to_dict` gave it, or JSON made of that."""
-        plain = ["method", "density_requested", "params_before", "params_after", "seconds"]
-        plain += ["activation_bytes", "planned_bytes"]
-        others = [
-            OtherReport(**{**other, "shapes": {name: tuple(shape) for name, shape in other["shapes"].items()}})
-            for other in values["others"]
-        ]
-        layers = [LayerReport.from_dict(layer) for layer in values["layers"]]
-        trained = values.get("distillation")
-        return cls(
-            **{key: values[key] for key in plain},
-            layers=layers,
-            notes=list(values["notes"]),
-            others=others,
-            distillation=None if trained is None else DistillReport.from_dict(trained),
-        )
+        """A report as `to_dict` gave it, or JSON made of that; of an older version too.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        plain = ["method", "density_requested", "params_before", "params_after", "seconds", "activation_bytes"]
+        try:
+            others = [
+                OtherReport(**{**other, "shapes": {name: tuple(shape) for name, shape in other["shapes"].items()}})
+                for other in values["others"]
+            ]
+            trained = values.get("distillation")
+            return cls(
+                **{key: values[key] for key in plain},
+                planned_bytes=values.get("planned_bytes", 0),
+                layers=[LayerReport.from_dict(layer) for layer in values["layers"]],
+                notes=list(values["notes"]),
+                others=others,
+                distillation=None if trained is None else DistillReport.from_dict(trained),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"what a report should be is none ({type(error).__name__}: {error}); delete the model's "
+                "pifa_report.json, or compress again"
+            ) from error
 
     def note(self, text: str) -> None:
         """Adds to `notes` what is not there yet."""

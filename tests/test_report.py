@@ -6,6 +6,7 @@ from torch import nn
 
 import pifa_compiler as pc
 from pifa_compiler.cli.tables import summary
+from pifa_compiler.errors import CheckpointError
 
 
 class Mixed(nn.Module):
@@ -91,3 +92,12 @@ def test_a_tied_embedding_is_counted_with_the_head():
     numbers = sum(other.numbers for other in report.others)
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias") and ".ln_" not in name)
     assert numbers + biases + sum(layer.stored_after for layer in report.layers) == report.params_after
+
+
+def test_reports_of_older_versions_are_read_and_what_is_none_is_refused():
+    values = pc.compress(Mixed(), [torch.randint(0, 10, (4, 9))], pc.CompressConfig(density=0.6)).to_dict()
+    older = {key: value for key, value in values.items() if key not in ("planned_bytes", "distillation")}
+    assert pc.Report.from_dict(older).to_dict() == {**values, "planned_bytes": 0}
+    for damaged in ({}, {**values, "layers": 3}, {**values, "others": [{"shapes": None}]}, {**values, "notes": None}):
+        with pytest.raises(CheckpointError, match="what a report should be is none"):
+            pc.Report.from_dict(damaged)

@@ -123,12 +123,13 @@ def distill_verb(
         if data != "self":
             read_text(data, "calibration")
         rows = None if csv is None else CsvRows(csv, DistillRow)
+        values = read_report(name)
+        known = None if values is None else Report.from_dict(values)
         at = "cpu" if shard else place  # a part of it goes to each process's device
         model = load_pretrained(name, device=at)
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         dense = load_model(teacher, dtype=teacher_dtype, device=at, trust_remote_code=trust_remote_code)
         batches = training_batches(data, dense, tokenizer, seqlen=seqlen, seed=seed)
-        known = read_report(name)
         beside = output.expanduser().resolve().with_name(f".{output.name}.run") if offload is None else offload
         with progress("distilling", as_json or not processes.is_first) as tell:
             report = distill(
@@ -136,7 +137,7 @@ def distill_verb(
                 dense,
                 batches,
                 config,
-                report=None if known is None else Report.from_dict(known),
+                report=known,
                 folder=beside,
                 resume=resume,
                 device=place,
