@@ -223,7 +223,7 @@ def test_what_would_fail_after_the_work_is_refused_before(tmp_path: Path, monkey
     for option, path, said in (
         ("--csv", other, "other columns"),
         ("--csv", tmp_path / "none" / "rows.csv", "cannot be written"),
-        ("--plot", tmp_path / "none" / "ratios.png", "does not exist"),
+        ("--plot", tmp_path / "none" / "ratios.png", "name a file in a folder that exists"),
     ):
         result = pifa("bench", "layer", option, path)
         assert result.exit_code == 1
