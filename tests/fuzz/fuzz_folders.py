@@ -37,7 +37,8 @@ from pifa_compiler.linear import PifaLinear
 from pifa_compiler.report import LayerReport, Report
 
 SECONDS = 10
-MEMORY = 8 << 30
+MEMORY = 256 << 20
+"""Beyond what the process has once it has opened every sound folder."""
 
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 7, 10**9, 10**12, 10**30, -(10**9), 0.0, 0.5, 1e308, float("nan"), float("inf"),
@@ -106,7 +107,8 @@ def edit_json(folder: Path, rng: random.Random) -> str:
         what = rng.choice(("set", "set", "set", "drop", "add"))
         if what == "add":
             place = (rng.choice(EXTRA),)
-            holder = content if rng.random() < 0.5 else content.get("quantization_config", content)
+            inner = content.get("quantization_config")
+            holder = inner if rng.random() < 0.5 and isinstance(inner, dict) else content
         if what == "drop":
             holder.pop(place[-1])
         else:
@@ -248,7 +250,13 @@ def attempt(folder: Path) -> str | None:
     return None
 
 
-def attack(count: int, seed: int) -> list[str]:
+def limit_memory() -> None:
+    """From here on the process cannot take more than `MEMORY` beyond what it has."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+
+
+def attack(count: int, seed: int, *, limited: bool = False) -> list[str]:
     """Opens `count` damaged folders; says which were answered by anything but a `PifaError`."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
@@ -257,6 +265,8 @@ def attack(count: int, seed: int) -> list[str]:
         sound = build(Path(scratch))
         for folder in sound:
             assert attempt(folder) is None, folder
+        if limited:
+            limit_memory()
         for each in range(seed, seed + count):
             rng = random.Random(each)
             folder = Path(shutil.copytree(rng.choice(sound), Path(scratch, "damaged")))
@@ -272,9 +282,8 @@ def attack(count: int, seed: int) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     first = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
     print(f"seed {first}", flush=True)  # noqa: T201
-    faults = attack(int(sys.argv[1]), first)
+    faults = attack(int(sys.argv[1]), first, limited=True)
     print(f"{len(faults)} of {sys.argv[1]}")  # noqa: T201
     sys.exit(bool(faults))

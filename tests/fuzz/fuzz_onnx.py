@@ -30,7 +30,7 @@ from pifa_compiler.export import rewrite_onnx, session
 from pifa_compiler.errors import ExportError
 
 SECONDS = 10.0
-MEMORY = 2 << 30
+MEMORY = 256 << 20
 """Bytes that the process may take beyond what it has: the files are of some kilobytes."""
 
 
