@@ -57,7 +57,7 @@ def check_saved(model: nn.Module, call: Call, folder: str) -> None:
 def check_generates(model: nn.Module, call: Call) -> None:
     given = {key: value for key, value in call.items() if not key.startswith("decoder")}
     generated = model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert generated.shape[1] >= 4
+    assert generated.shape[1] >= 3  # Whisper leaves out the token that it starts from
 
 
 def check_compiled(model: nn.Module, call: Call) -> None:
