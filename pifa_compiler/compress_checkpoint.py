@@ -1,6 +1,5 @@
 """`compress_checkpoint`: a model's files are compressed into others, block by block, and are never in memory whole."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -38,6 +37,7 @@ from .reconstruction.sweep import Group, Progress, groups
 from .reconstruction.value_store import Room
 from .reconstruction.working_folder import WorkingFolder
 from .report import LayerReport, Report
+from .run_folder import hash_of
 
 _SHARE_OF_BLOCK = SHARES[0]
 """The weights of a block, and of a shard of the output, take at most this part of the memory."""
@@ -144,10 +144,6 @@ class _Job:
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a run that goes on."""
-        data = hashlib.sha256()
-        for values in self.captured.inputs:
-            for value in values:
-                data.update(value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
         files = {}
         for path in sorted({path for path, _ in self.stored.weights.files.values()}):
             stat = path.stat()
@@ -163,9 +159,8 @@ class _Job:
             "memory": self.memory,
             "dtype": str(self.stored.model.dtype),
             "device": self.device.type,
-            "data": data.hexdigest(),
+            "data": hash_of(self.captured.inputs),
             "versions": {name: version(name) for name in packages},
-            "processes": self.processes.size,
             "threads": torch.get_num_threads(),
         }
 

@@ -1,7 +1,6 @@
 """`distill`: a compressed model is trained to predict what the dense one predicts; it stays in PIFA form."""
 
 import functools
-import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -29,7 +28,7 @@ from .modules import count_numbers
 from .numerics import own_numerics
 from .processes import Processes
 from .report import DistillReport, LayerReport, Report
-from .run_folder import RunFolder
+from .run_folder import RunFolder, hash_of
 
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.05, 8
 """Of the batches, where none are given: the last ones."""
@@ -94,7 +93,7 @@ def distill(
         if folder is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            run = _fingerprint(model, teacher, calls, kept_out, config, place, processes)
+            run = _fingerprint(model, teacher, calls, kept_out, config, place)
             opened = RunFolder(folder, run, resume=resume, processes=processes)
             stack.callback(opened.close, finished=False)
             work = folder
@@ -195,31 +194,17 @@ def _fingerprint(
     held_out: Sequence[Call],
     config: DistillConfig,
     device: torch.device,
-    processes: Processes,
 ) -> dict[str, Any]:
     """What has to be the same for a run that goes on."""
     return {
         "options": asdict(config),
-        "model": _hash(model.state_dict()),
-        "teacher": _hash(teacher.state_dict()),
-        "data": _hash([(call.args, call.kwargs) for call in calls]),
-        "held-out data": _hash([(call.args, call.kwargs) for call in held_out]),
+        "model": hash_of(model.state_dict()),
+        "teacher": hash_of(teacher.state_dict()),
+        "data": hash_of([(call.args, call.kwargs) for call in calls]),
+        "held-out data": hash_of([(call.args, call.kwargs) for call in held_out]),
         "device": device.type,
-        "processes": processes.size,
         "versions": {name: version(name) for name in ("pifa-compiler", "torch")},
     }
-
-
-def _hash(values: Any) -> str:
-    found = hashlib.sha256()
-    for path, value in pytree.tree_flatten_with_path(values)[0]:
-        found.update(pytree.keystr(path).encode())
-        if isinstance(value, Tensor):
-            found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            found.update(repr(value).encode())
-    return found.hexdigest()
 
 
 def _size(call: Call) -> int:

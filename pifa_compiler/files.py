@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -207,15 +207,19 @@ def check_opens(file: Path, refusal: type[PifaError]) -> None:
         raise refusal(f"{file} cannot be written: {error}; name a file in a folder that exists") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes or replaces a text file, wholly or not at all; parents are made.
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes or replaces a file, wholly or not at all; parents are made.
+
+    Args:
+        file: its place.
+        write: writes it to another one, of the same name.
 
     Raises:
         OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with draft_in(file.parent) as draft:
-        (draft.new / file.name).write_text(text, encoding="utf-8")
+        write(draft.new / file.name)
         draft.take_place(replace=True)
 
 

@@ -1,6 +1,7 @@
 """`RunFolder`: what a long run keeps on disk, each file whole or not there, so that a run that was stopped goes on."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .drafts import sync
 from .errors import OffloadError
@@ -27,7 +30,7 @@ class RunFolder:
 
     Args:
         folder: made if it is not there.
-        run: what the run is of, as plain values; a run that goes on has to be of the same.
+        run: what the run is of, as plain values; a run that goes on has to be of the same, by as many processes.
         resume: whether what lies there is gone on with.
         processes: those that share the run: the first writes, the others read; None is this one alone.
 
@@ -54,7 +57,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(folder)
                 try:
-                    self._start(run, resume=resume)
+                    self._start({**run, "processes": self.processes.size}, resume=resume)
                 except BaseException:
                     if not locked_before:
                         (folder / _LOCK).unlink(missing_ok=True)
@@ -113,6 +116,19 @@ class RunFolder:
             if finished:  # what says so goes last
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
+
+
+def hash_of(values: Any) -> str:
+    """Tells whether values are the same: tensors, of any dtype, and plain ones, in lists, tuples and dicts."""
+    found = hashlib.sha256()
+    for path, value in pytree.tree_flatten_with_path(values)[0]:
+        found.update(pytree.keystr(path).encode())
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:

@@ -185,7 +185,7 @@ def test_the_longest_name_is_as_good_as_any(tmp_path: Path) -> None:
         (partial / "new").touch()
     assert names(tmp_path / ("x" * 255)) == ["new"]
     for text in ("old", "new"):
-        write_whole(tmp_path / "deep" / ("y" * 255), text)
+        write_whole(tmp_path / "deep" / ("y" * 255), lambda draft, text=text: draft.write_text(text))
     assert (tmp_path / "deep" / ("y" * 255)).read_text() == "new"
 
 

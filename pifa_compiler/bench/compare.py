@@ -7,7 +7,6 @@ may be taken in bfloat16, and no method shall suffer from another's precision.
 
 import copy
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from ..device import device_name
 from ..distill import distill
 from ..distillation.config import DistillConfig
 from ..errors import ConfigError
+from ..files import write_whole
 from ..graph.capture import capture
 from ..graph.linears import read_weight, weight_name
 from ..hf.perplexity import perplexity
@@ -297,9 +297,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.set(xlabel="stored numbers / dense numbers", ylabel="perplexity", yscale="log", title=Path(text).name)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    figure.savefig(draft, dpi=150)
-    draft.replace(file)
+    write_whole(file, lambda draft: figure.savefig(draft, dpi=150))
 
 
 def _curves(rows: Sequence[Row], text: str) -> Iterator[tuple[str, list[tuple[float, float]]]]:

@@ -1,28 +1,21 @@
 """The course of a distillation as rows and as a drawing."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..files import write_whole
 from ..report import DistillReport, StepRow
 from .rows import BenchRow
 
 
 @dataclass(frozen=True)
-class DistillRow(BenchRow):
-    """One step; see `StepRow`. `held_out` is empty where the held-out batches were not looked at."""
-
-    step: int
-    seconds: float
-    learning_rate: float
-    loss: float
-    gradient_norm: float
-    held_out: float | None
+class DistillRow(StepRow, BenchRow):
+    """One step as a row. `held_out` is empty where the held-out batches were not looked at."""
 
     @classmethod
     def of_step(cls, step: StepRow) -> "DistillRow":
-        """The same as a row."""
+        """The row of a step."""
         return cls(**asdict(step))
 
 
@@ -43,6 +36,4 @@ def draw(runs: Mapping[str, DistillReport], file: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    figure.savefig(draft, dpi=150)
-    draft.replace(file)
+    write_whole(file, lambda draft: figure.savefig(draft, dpi=150))

@@ -142,7 +142,8 @@ class JsonRows(Generic[RowType]):
         """Adds a row and writes the file anew."""
         self.rows.append(row)
         content = {**self._beside, "setting": _plain(self.setting), "rows": [_plain(each) for each in self.rows]}
-        write_whole(self._path, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self._path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def check_loadable(model: Any, config: PifaConfig) -> None:
     try:
         with torch.device("meta"):
             fresh = type(model)._from_config(settings)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return  # it cannot be made without values, or by its config alone: loading it will say so, if it fails
     try:
         placed = place_layers(fresh, config)

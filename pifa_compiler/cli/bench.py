@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import write_whole
 from . import tables
 from .options import Json, ShortDtypeName, check_plot, device_of
 from .output import print_json, progress, work
@@ -243,4 +244,4 @@ def _draw(plot: Path, title: str, rows: Sequence[Any], label: Callable[[Any], st
     axes.set_ylabel("time / low-rank pair")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(plot)
+    write_whole(plot, figure.savefig)

@@ -32,8 +32,7 @@ def is_transposed(node: Node) -> bool:
 
 def linears_in_order(graph: GraphModule) -> list[str]:
     """Names of the layers whose weights the graph's linears read, in the order of their first use."""
-    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    return list(dict.fromkeys(weight_name(node).removesuffix(".weight") for node in nodes))
+    return [name.removesuffix(".weight") for name in linears_by_weight(graph)]
 
 
 def linears_by_weight(graph: GraphModule) -> dict[str, tuple[Node, ...]]:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, CaptureError
 from .capture import Batch, Captured, call_of, capture
+from .linears import linears_by_weight
 from .token_masks import TokenMasks
 from .weights import WeightsInMemory
 
@@ -38,7 +39,7 @@ def capture_whole_or_in_parts(model: nn.Module, batches: Sequence[Batch]) -> Cap
         if isinstance(model, GraphModule):
             raise
         try:
-            parts = [part for part in _parts_of(model, batches) if _linears(part.captured.graph)]
+            parts = [part for part in _parts_of(model, batches) if linears_by_weight(part.captured.graph)]
         except _CallError:
             raise error from None
         if not parts:
@@ -162,11 +163,6 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return bound.args
         named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {parameter: value})
     return named
-
-
-def _linears(graph: GraphModule) -> Sequence[Node]:
-    found: Sequence[Node] = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    return found
 
 
 def _as_one(model: nn.Module, parts: Sequence[_Part], error: CaptureError) -> Captured:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..errors import ConfigError, WeightError
@@ -60,9 +59,8 @@ class PifaLora(Linear):
         Raises:
             WeightError: always, unless there is nothing to merge.
         """
-        if self.merged and set(adapter_names or self.active_adapters) <= set(self.merged_adapters):
-            return
-        if check_adapters_to_merge(self, adapter_names):
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if not set(names) <= set(self.merged_adapters):
             raise WeightError(
                 "adapters cannot be added to the weight of a PifaLinear, which has r independent rows and no more: "
                 "pifa_compiler.merge_lora(model) makes layers of rank r + r' that hold both, or the nearest of rank r"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import pifa
 from tiny_models import tiny_llama
 from torch import nn
-from typer.testing import CliRunner, Result
 
-from pifa_compiler import PifaLinear, cli
+from pifa_compiler import PifaLinear
 from pifa_compiler.bench import layer as bench_layer
 from pifa_compiler.bench import model as bench_model
 from pifa_compiler.bench import timing as bench_timing
@@ -25,10 +25,6 @@ LAYER_KEYS = {"dtype", "d", "tokens", "dense_ms", "lowrank_ms", "pifa_ms", "pifa
 MODEL_KEYS = {"phase", "dense_ms", "pifa_ms", "lowrank_ms"}
 ORIGIN = {"date", "machine", "torch", "pifa_compiler", "commit"}
 TINY = ModelPlan(dtype="fp32", prompt_tokens=5, decode_context=4, layers=1, seconds=0.0, rank_multiple=1)
-
-
-def pifa(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -5,78 +5,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from command_line import SHORT, pifa, refusal, run_python
 from tiny_models import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner, Result
 
-from pifa_compiler import LayerReport, cli
+from pifa_compiler import LayerReport
 from pifa_compiler.cli import tables
 from pifa_compiler.cli.output import print_json
 from pifa_compiler.device import device_name, find_device
 from pifa_compiler.report import Report
 
 VERBS = ("compress", "compare", "eval", "generate", "inspect", "demo")
-SHORT = ("--seqlen", "32", "--samples", "4", "--rank-multiple", "1")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny dense model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "words.txt"
-    file.write_text(" ".join(f"w{i * i % 61}" for i in range(400)))
-    return file
-
-
-@pytest.fixture(scope="module")
-def compressed(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in PIFA form."""
-    folder = tmp_path_factory.mktemp("compressed") / "pifa"
-    assert pifa("compress", model, "-o", folder, "--data", text, *SHORT).exit_code == 0
-    return folder
-
-
-def pifa(*arguments: object) -> Result:
-    """Runs the command line in this process."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def refusal(result: Result, code: int = 1) -> str:
-    """What stderr says of a refusal; checks the exit code, and that nothing else is printed."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    if code == 1:
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
-    return result.stderr
-
-
-def run_python(*arguments: object) -> "subprocess.Popen[str]":
-    """Starts another Python on these arguments, offline."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in background jobs
-    )
 
 
 def finished(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from command_line import pifa
 from tiny_models import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
-from pifa_compiler import cli
 from pifa_compiler.distillation.training import Training
 
 COMPRESS = ("--density", 0.5, "--rank-multiple", 1, "--samples", 4, "--seqlen", 24)
@@ -28,10 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = pifa("compress", folder / "dense", "-o", folder / "pifa", "--data", folder / "text.txt", *COMPRESS)
     assert result.exit_code == 0, result.stderr
     return folder
-
-
-def pifa(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(each) for each in arguments])
 
 
 def distill(folder: Path, output: Path, *more: object) -> Result:

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import command_line
 import onnx
 import pytest
 import torch
+from command_line import refusal
 from onnx_models import low_rank_file, pifa_llama
 from tiny_models import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pifa_compiler import cli, save_pretrained
+from pifa_compiler import save_pretrained
 from pifa_compiler.cli import export as cli_export
 
 
@@ -22,14 +24,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pifa(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, ["export", *(str(argument) for argument in arguments)])
-
-
-def refusal(result: Result, code: int = 1) -> str:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    return result.stderr
+    return command_line.pifa("export", *arguments)
 
 
 def test_a_saved_model_becomes_a_folder_for_every_runtime(compressed: Path, tmp_path: Path) -> None:

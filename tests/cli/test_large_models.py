@@ -3,47 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner, Result
+from command_line import SHORT, pifa, run_python
 
-from pifa_compiler import cli
-
-SHORT = ("--seqlen", "32", "--samples", "4", "--rank-multiple", "1", "--json")
-STREAMED = (*SHORT, "--memory", "64GiB")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny dense model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "words.txt"
-    file.write_text(" ".join(f"w{i * i % 61}" for i in range(400)))
-    return file
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pifa compress` makes of the model without --memory."""
-    folder = tmp_path_factory.mktemp("compressed") / "pifa"
-    assert pifa("compress", model, "-o", folder, "--data", text, *SHORT).exit_code == 0
-    return folder
-
-
-def pifa(*arguments: object) -> Result:
-    """Runs the command line in this process."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+STREAMED = (*SHORT, "--json", "--memory", "64GiB")
 
 
 def assert_same_model(folder: Path, other: Path) -> None:
@@ -51,13 +16,13 @@ def assert_same_model(folder: Path, other: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
 
 
-def test_a_model_in_files_becomes_what_it_becomes_in_memory(model, text, loaded, tmp_path):
+def test_a_model_in_files_becomes_what_it_becomes_in_memory(model, text, compressed, tmp_path):
     result = pifa("compress", model, "-o", tmp_path / "out", "--data", text, *STREAMED)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["planned_bytes"] == 64 << 30
     assert report["output"] == str(tmp_path / "out")
-    assert_same_model(tmp_path / "out", loaded)
+    assert_same_model(tmp_path / "out", compressed)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -85,7 +50,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(model, text, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(options, code, words, model, text, tmp_path):
-    result = pifa("compress", model, "-o", tmp_path / "out", "--data", text, *SHORT, *options)
+    result = pifa("compress", model, "-o", tmp_path / "out", "--data", text, *SHORT, "--json", *options)
     assert result.exit_code == code, result.output
     assert words in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""
@@ -98,7 +63,7 @@ def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(options, cod
     [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
     ids=["SIGINT", "SIGTERM"],
 )
-def test_a_run_that_a_signal_stops_goes_on(number, code, words, model, text, loaded, tmp_path):
+def test_a_run_that_a_signal_stops_goes_on(number, code, words, model, text, compressed, tmp_path):
     slow = (
         "import sys, time; from pifa_compiler import cli\n"
         "from pifa_compiler.reconstruction.working_folder import WorkingFolder\n"
@@ -110,14 +75,8 @@ def test_a_run_that_a_signal_stops_goes_on(number, code, words, model, text, loa
         "cli.main()\n"
     )
     arguments = [str(each) for each in ("compress", model, "-o", tmp_path / "out", "--data", text, *STREAMED)]
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", slow, *arguments],  # no other version of the package from where tests are run
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in background jobs
-    ) as process:
+    # -P: no other version of the package from where tests are run
+    with run_python("-P", "-c", slow, *arguments) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "two groups\n"
         process.send_signal(number)
@@ -126,5 +85,5 @@ def test_a_run_that_a_signal_stops_goes_on(number, code, words, model, text, loa
     assert os.listdir(tmp_path) == [".out.run"]
     result = pifa(*arguments, "--resume")
     assert result.exit_code == 0, result.output
-    assert_same_model(tmp_path / "out", loaded)
+    assert_same_model(tmp_path / "out", compressed)
     assert os.listdir(tmp_path) == ["out"]

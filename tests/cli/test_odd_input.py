@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import run_python
 from tiny_models import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -185,20 +186,16 @@ sys.meta_path.insert(0, Finder())
 """
     (tmp_path / "sitecustomize.py").write_text(at_import)
     (tmp_path / "pifa").write_text("from pifa_compiler.__main__ import main\nmain()")
-    run = subprocess.run(
-        [sys.executable, *program, "inspect", "nothing-here"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert (run.returncode, run.stderr, run.stdout) == (130, "interrupted\n", "")
+    with run_python(*program, "inspect", "nothing-here", cwd=tmp_path, PYTHONPATH=str(tmp_path)) as run:
+        out, said = run.communicate()
+    assert (run.returncode, said, out) == (130, "interrupted\n", "")
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Puts this process's handlers of signals back."""
+    """Puts this process's handlers of signals back; until then Ctrl-C is Python's, also in a job of the background."""
     known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in known.items():
         signal.signal(number, handler)

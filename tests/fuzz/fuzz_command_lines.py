@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzzing import asked
 from onnx_models import low_rank_file, pifa_llama
 from tiny_models import tiny_llama, tiny_tokenizer
 
@@ -192,8 +193,6 @@ def run(count: int, first: int) -> tuple[collections.Counter[int], list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    begin = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    print(f"seed {begin}", flush=True)  # noqa: T201
-    found, all_wrong = run(int(sys.argv[1]), begin)
+    found, all_wrong = run(*asked())
     print(f"exit codes {dict(found)}, {len(all_wrong)} wrong")  # noqa: T201
     sys.exit(bool(all_wrong))

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -27,6 +26,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fuzzing import asked, limit_memory
 
 from pifa_compiler import PifaError, load_pretrained
 from pifa_compiler.checkpoint import save_pretrained
@@ -250,12 +254,6 @@ def attempt(folder: Path) -> str | None:
     return None
 
 
-def limit_memory() -> None:
-    """From here on the process cannot take more than `MEMORY` beyond what it has."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-
-
 def attack(count: int, seed: int, *, limited: bool = False) -> list[str]:
     """Opens `count` damaged folders; says which were answered by anything but a `PifaError`."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -266,7 +264,7 @@ def attack(count: int, seed: int, *, limited: bool = False) -> list[str]:
         for folder in sound:
             assert attempt(folder) is None, folder
         if limited:
-            limit_memory()
+            limit_memory(MEMORY)
         for each in range(seed, seed + count):
             rng = random.Random(each)
             folder = Path(shutil.copytree(rng.choice(sound), Path(scratch, "damaged")))
@@ -282,8 +280,7 @@ def attack(count: int, seed: int, *, limited: bool = False) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    print(f"seed {first}", flush=True)  # noqa: T201
-    faults = attack(int(sys.argv[1]), first, limited=True)
-    print(f"{len(faults)} of {sys.argv[1]}")  # noqa: T201
+    number, first = asked()
+    faults = attack(number, first, limited=True)
+    print(f"{len(faults)} of {number}")  # noqa: T201
     sys.exit(bool(faults))

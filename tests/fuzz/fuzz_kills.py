@@ -30,6 +30,7 @@ import transformers
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzzing import asked
 from onnx import helper
 from onnx_models import low_rank_file, matrix, pifa_llama, save_graph
 from pifa_compiler.export import rewrite_onnx, to_onnx
@@ -224,9 +225,7 @@ def run(seeds: range) -> tuple[collections.Counter[str], list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    count = int(sys.argv[1])
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    print(f"seed {first}", flush=True)  # noqa: T201
+    count, first = asked()
     found, all_wrong = run(range(first, first + count))
     for outcome, times in sorted(found.items()):
         print(f"{times:5} {outcome}")  # noqa: T201

@@ -11,9 +11,15 @@ import collections
 import math
 import random
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fuzzing import asked
 
 from pifa_compiler import PifaLinear, compact, factorize
 from pifa_compiler.errors import RankError
@@ -219,9 +225,7 @@ def run(seeds: range) -> tuple[collections.Counter[str], list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    count = int(sys.argv[1])
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    print(f"seed {first}", flush=True)  # noqa: T201
+    count, first = asked()
     found, wrong = run(range(first, first + count))
     for outcome, times_ in found.most_common():
         print(f"{times_:6} {outcome}")  # noqa: T201

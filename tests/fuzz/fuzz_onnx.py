@@ -7,7 +7,6 @@ half to fields of the file, which bytes hit seldom. What goes wrong is printed, 
 
 import collections
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from onnx import TensorProto, helper
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzzing import asked, limit_memory
 from onnx_models import low_rank_file, matrix, save_graph
 from pifa_compiler.export import rewrite_onnx, session
 
@@ -210,18 +210,12 @@ def _random_input(value: Any) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def limit_memory() -> None:
-    """From here on the process cannot take more than `MEMORY` beyond what it has."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-
-
 if __name__ == "__main__":
-    count, first = (int(value) for value in (*sys.argv[1:], *("1000", "0")[len(sys.argv) - 1 :]))
+    count, first = asked()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         session(samples(Path(scratch, "first"))[0], native=False)  # so that everything is loaded
-        limit_memory()
+        limit_memory(MEMORY)
         found, faults = run(Path(scratch), range(first, first + count))
     print("\n".join(faults))  # noqa: T201
     print(f"seeds {first} to {first + count - 1}: {dict(found)}, {len(faults)} wrong")  # noqa: T201

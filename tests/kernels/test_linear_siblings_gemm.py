@@ -7,12 +7,12 @@ from pifa_compiler.kernels.linear_siblings_gemm import GROUPED_TOKENS, linear_si
 from pifa_compiler.kernels.side_by_side import as_one, lay_side_by_side
 from torch import Tensor
 from torch.profiler import profile
+from triton_interpreter import interpreted
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EQUAL = [(40, 8)] * 3  # out, rank
 GROUPED_QUERY = [(40, 8), (24, 16), (24, 16)]
 UNEQUAL = [(40, 8), (33, 16), (8, 8), (9, 24)]
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 
 def operands(sizes: list[tuple[int, int]], batch: tuple[int, ...], dtype: torch.dtype, d_in: int = 24):

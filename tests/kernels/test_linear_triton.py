@@ -1,9 +1,5 @@
 """Values by Triton's interpreter (`make test` sets TRITON_INTERPRET=1), tracing in a process without it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from pifa_compiler.kernels import linear, linear_ref
@@ -11,13 +7,13 @@ from pifa_compiler.passes.lower import FORMS
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.testing import assert_close
+from triton_interpreter import interpreted, run_without_interpreter
 
 from pifa_compiler import backend as backend_module
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear
 
 pytest.importorskip("triton", reason="needs the package triton")
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 DTYPES = [torch.float32, torch.float16]  # the interpreter's tl.dot is wrong for bfloat16
 TOKENS = [1, 2, 16, 17, 65]  # decode by a GEMV, by tensor cores, full; prefill with a ragged tile, with two
@@ -234,7 +230,6 @@ for config.max_autotune, tokens in itertools.product((True, False), (1, 16, 512)
 
 def test_inductor_sees_two_kernels_and_no_opaque_operator():
     """Tuned and not, for one token, some and many. In a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, env=environment)
+    done = run_without_interpreter("-c", TRACE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["2 0"] * 6

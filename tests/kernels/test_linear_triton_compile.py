@@ -1,12 +1,10 @@
 """The kernels compiled for chips that are not there, in a process without Triton's interpreter."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from triton_interpreter import run_without_interpreter
 
 pytest.importorskip("triton", reason="needs the package triton")
 
@@ -15,9 +13,7 @@ CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
 def compiled(*options: str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_without_interpreter(str(SCRIPT), "--json", *options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -56,9 +52,8 @@ for name, value in bad.items():
 
 
 def test_each_fault_is_said_with_its_figure():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = FAULTS.format(folder=str(SCRIPT.parent))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = run_without_interpreter("-c", FAULTS.format(folder=str(SCRIPT.parent)))
+    assert done.returncode == 0, done.stderr
     good, *bad = done.stdout.splitlines()
     assert good == "[]"
     for line, words in zip(

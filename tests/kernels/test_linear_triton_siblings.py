@@ -1,16 +1,12 @@
 """Values by Triton's interpreter (`make test` sets TRITON_INTERPRET=1), tracing in a process without it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from pifa_compiler.kernels import linear, linear_ref
 from torch import Tensor
+from triton_interpreter import interpreted, run_without_interpreter
 
 pytest.importorskip("triton", reason="needs the package triton")
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 DTYPES = [torch.float32, torch.float16]  # the interpreter's tl.dot is wrong for bfloat16
 TOKENS = [1, 2, 16, 17, 65]  # a GEMV, tensor cores, full; prefill with a ragged tile, with two
@@ -132,7 +128,6 @@ for config.max_autotune, tokens in itertools.product((True, False), (1, 16, 512)
 
 def test_query_key_and_value_of_unequal_shapes_are_two_launches():
     """Tuned and not, for one token, some and many. In a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, env=environment)
+    done = run_without_interpreter("-c", TRACE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["2 0"] * 6

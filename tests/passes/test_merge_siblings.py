@@ -1,4 +1,3 @@
-import os
 import re
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.profiler import profile
 from torch.testing import assert_close
+from triton_interpreter import interpreted
 
 from pifa_compiler.bench.layer import random_factors
 from pifa_compiler.factors import factorize
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(linear_cpu.load() is not None, reason=str(linear
 
 aten, pifa = torch.ops.aten, torch.ops.pifa
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 ON_GPUS = {"cpu": FORMS["cuda"]}
 """The forms of GPUs, taken where there is none."""
 
