@@ -48,6 +48,10 @@ def compare_verb(
             "--distill", metavar="MINUTES", help="Train each model so long, too; on all of the text of --data."
         ),
     ] = None,
+    distill_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Instead of --distill: so many updates, on whatever machine.")
+    ] = None,
+    windows_per_step: Annotated[int, typer.Option(min=1, help="Windows of text for one update.")] = 8,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.png, .svg or .pdf).")] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
@@ -65,7 +69,9 @@ def compare_verb(
     check_plot(plot)
     try:
         check_methods(names)
-        training = None if distill_minutes is None else DistillConfig(minutes=distill_minutes)
+        training = None
+        if distill_minutes is not None or distill_steps is not None:
+            training = DistillConfig(steps=distill_steps, minutes=distill_minutes, batches_per_step=windows_per_step)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
     tests = tuple(dict.fromkeys(test or [data]))
