@@ -72,6 +72,9 @@ def compress_verb(
     gradient_damping: Annotated[
         float, typer.Option(help="Regularisation, relative to the gradients' Gram matrix.")
     ] = 1e-2,
+    refine: Annotated[
+        int, typer.Option(metavar="STEPS", help="Then train each residual block's factors on the dense block's output.")
+    ] = 0,
     dtype: Dtype = None,
     device: Device = None,
     samples: Samples = 128,
@@ -124,6 +127,7 @@ def compress_verb(
             allocator=allocator,
             gradients=gradients,
             gradient_damping=gradient_damping,
+            refine=refine,
         )
         training = None if distill_minutes is None else DistillConfig(minutes=distill_minutes)
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 import math
 
+from ..schedule import learning_rate
 from .config import DistillConfig
 
 _RATE, _AT_TOKENS, _HIGHEST_RATE = 1e-4, 1024, 3e-4
@@ -34,7 +35,4 @@ class Schedule:
 
     def learning_rate(self, share: float, length: float) -> float:
         """Of a step that begins where `share` of the run is done, and takes `length` of it; from the middle of it."""
-        at, warmup = min(share + length / 2, 1.0), self.config.warmup
-        if at < warmup:
-            return self.highest * at / warmup
-        return self.highest * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2
+        return learning_rate(self.highest, min(share + length / 2, 1.0), self.config.warmup)

@@ -33,6 +33,9 @@ class CompressConfig:
             backward pass over the batches and a causal language model; for others, and without it, the errors of all
             outputs count alike.
         gradient_damping: as `damping`, of the Gram matrix of these gradients.
+        refine: steps of AdamW for every block between two sums of the residual stream, once its linears are solved:
+            its factors are trained until the block computes what the dense model's does (see `refinement`). A step
+            takes an eighth of the calibration batches. 0 leaves the closed form as it is.
 
     Raises:
         ConfigError: an option is unknown or outside its range.
@@ -49,6 +52,7 @@ class CompressConfig:
     allocator: str | None = None
     gradients: bool = True
     gradient_damping: float = 1e-2
+    refine: int = 0
 
     def __post_init__(self) -> None:
         _check_number("density", self.density, "in (0, 1]", lambda value: 0 < value <= 1)
@@ -61,6 +65,8 @@ class CompressConfig:
             raise ConfigError(f"unknown allocator {self.allocator!r}; known are {', '.join(ALLOCATORS)}")
         if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
             raise ConfigError(f"rank_multiple must be an integer of 1 or more, got {self.rank_multiple!r}")
+        if not isinstance(self.refine, int) or isinstance(self.refine, bool) or self.refine < 0:
+            raise ConfigError(f"refine must be an integer of 0 or more, got {self.refine!r}")
         if self.pivoting not in ("lu", "qr"):
             raise ConfigError(f'pivoting must be "lu" or "qr", got {self.pivoting!r}')
         skip: object = self.skip

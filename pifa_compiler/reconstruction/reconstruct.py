@@ -15,11 +15,12 @@ from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
 from .gradients import Keep, sum_dense
 from .methods import METHODS, MethodOptions
-from .results import Results, factors_of
+from .refinement import Refinement, check_batches
+from .results import Results
 from .selection import FoundLinear, RankedLinear, find_attention, give_ranks, shared_among, uses_of
 from .solver import GroupSolver, Solved
 from .statistics import DenseStatistics, DenseSums, Statistics, SumsOfShared
-from .sweep import Flow, Group, Progress, Replacement, Sweep, groups
+from .sweep import Flow, Group, Progress, Replacement, Segment, Sweep, groups
 from .value_store import Room
 
 
@@ -114,6 +115,8 @@ class Reconstruction:
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
+        if self.config.refine:
+            check_batches(len(self.captured.inputs))
         self._uses = uses_of(self.captured.graph, self.found)
         self._shared = shared_among(self._uses)
         self._inputs_of_shared: dict[Node, Statistics] = {}
@@ -241,27 +244,42 @@ class Reconstruction:
         options = MethodOptions(config.mix, config.damping, config.gradient_damping)
         grams = self.results.gradient_grams
         weights, order = self.captured.weights, self.one_order
+        two_flows = method.two_flows or config.refine > 0
         solver = GroupSolver(method, options, weights, ranked, order, grams, config.pivoting, self.processes)
 
         def solve(group: Group, statistics: Statistics) -> dict[Node, Replacement]:
             solved = self._solve_group(solver, group, statistics)
-            self.results.add_group(group, solved)
+            refinement.add(group, statistics, solved)
             return {node: each.factors for node, each in solved.items()}
 
-        if self.statistics is not None and not method.two_flows:
+        if self.statistics is not None and not two_flows:
+            refinement = self._refinement(())
             for group in groups(self.captured.graph.graph, active):
                 solve(group, self.statistics.of_input(weight_name(group.members[0])))
             return
-        flows: Flow = "both" if method.two_flows else "dense"
+        flows: Flow = "both" if two_flows else "dense"
         sweep = Sweep(
             self.captured,
             active,
             flows=flows,
-            dense_gram=method.dense_gram,
+            dense_gram=method.dense_gram or two_flows != method.two_flows,
             drift=method.drift,
+            blocks=config.refine > 0,
             room=self.room,
             processes=self.processes,
         )
-        device = self.captured.device
-        sweep.run(solve, self.progress, known=lambda group: factors_of(self.results.solved(group), device))
+        refinement = self._refinement(sweep.segments)
+        sweep.run(solve, self.progress, known=refinement.known, refine=refinement.refine)
         self.peak_bytes = max(self.peak_bytes, sweep.peak_bytes)
+
+    def _refinement(self, segments: Iterable[Segment]) -> Refinement:
+        return Refinement(
+            segments,
+            steps=self.config.refine,
+            damping=self.config.gradient_damping,
+            results=self.results,
+            weights=self.captured.weights,
+            shared=self._shared,
+            processes=self.processes,
+            device=self.captured.device,
+        )

@@ -9,6 +9,9 @@ computed. There are no layer names in it.
 
 Between segments the values of all batches may lie in files, and weights are read again for every segment, so that
 neither need fit into memory.
+
+Asked for, what lies between two sums of the residual stream is handed over once its linears are solved, so that they
+can be trained together (`ResidualBlock`, `BlockValues`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..errors import CalibrationError
 from ..factors import PifaFactors
@@ -47,6 +50,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ResidualBlock:
+    """Linears from one sum of the residual stream to the next, and what lies between them.
+
+    Attributes:
+        groups: the linears.
+        last: that of them whose output is added at the end; an error of the sum is one of its output.
+        nodes: what depends on the linears, up to the sum that ends the block, in the order of the graph.
+        inputs: what these nodes read and that depends on none of the linears; weights aside.
+    """
+
+    groups: tuple[Group, ...]
+    last: Node
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+
+    @property
+    def output(self) -> Node:
+        """The sum."""
+        return self.nodes[-1]
+
+    @property
+    def linears(self) -> tuple[Node, ...]:
+        """All members of its groups."""
+        return tuple(member for group in self.groups for member in group.members)
+
+
+@dataclass(frozen=True)
 class Segment:
     """What is computed for all batches before `group` can be solved.
 
@@ -54,11 +84,17 @@ class Segment:
         nodes: in the order of the graph.
         group: the linears.
         addends: for members whose output is added to other values: those.
+        block: the block that ends with the group.
     """
 
     nodes: tuple[Node, ...]
     group: Group
     addends: Mapping[Node, tuple[Node, ...]] = field(default_factory=dict)
+    block: ResidualBlock | None = None
+
+
+Step = Node | Group | ResidualBlock
+"""Of the walk: what values may be read by for the last time."""
 
 
 @dataclass
@@ -75,27 +111,53 @@ class Flows:
             values.pop(node, None)
 
 
-def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False) -> list[Segment]:
+def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False, blocks: bool = False) -> list[Segment]:
     """Segments in the order of the graph; nodes that no linear's input needs are in none of them.
 
     With `drift` also what linears' outputs are added to is computed. Where several outputs are added to one value (the
     attention's and the MLP's in parallel) the last of these linears has all others among its addends, and they none:
     what is lacking is made up for once.
+
+    With `blocks` these sums are the ends of blocks. Linears that no such sum comes after are in none.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
     unsolved = set(linears)
     done: set[Node] = set()
     segments = []
+    open_groups: list[Group] = []  # in no block so far
     for group in groups(graph, unsolved):
-        addends = {member: tuple(_addends(member)) for member in group.members if drift}
-        addends = {member: nodes for member, nodes in addends.items() if nodes and not unsolved & ancestors(*nodes)}
+        sums = {member: tuple(_sums(member)) for member in group.members if drift or blocks}
+        sums = {
+            member: found
+            for member, found in sums.items()
+            if found and not unsolved & ancestors(*(addend for _, addend in found))
+        }
         unsolved -= set(group.members)
-        wanted = ancestors(group.source, *(node for nodes in addends.values() for node in nodes))
+        open_groups.append(group)
+        block = None
+        if blocks and sums:
+            last = next(reversed(sums))
+            block = _block(graph, open_groups, last, sums[last][-1][0])
+            open_groups = [each for each in open_groups if each not in block.groups]
+        addends = {member: tuple(addend for _, addend in found) for member, found in sums.items()}
+        read = [*(node for nodes in addends.values() for node in nodes), *(() if block is None else block.inputs)]
+        wanted = ancestors(group.source, *read)
         needed = sorted(wanted - done, key=position.__getitem__)
         done.update(needed)
         computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
-        segments.append(Segment(computed, group, addends))
+        segments.append(Segment(computed, group, addends if drift else {}, block))
     return segments
+
+
+def _block(graph: torch.fx.Graph, open_groups: Iterable[Group], last: Node, total: Node) -> ResidualBlock:
+    """The block that `total` ends, of those groups that it is computed from."""
+    before = ancestors(total)
+    own = tuple(group for group in open_groups if before.issuperset(group.members))
+    inside = _downstream(graph, (member for group in own for member in group.members)) & before
+    nodes = tuple(node for node in graph.nodes if node in inside)
+    read = dict.fromkeys(parent for node in nodes for parent in node.all_input_nodes)
+    inputs = tuple(node for node in read if node not in inside and node.op != "get_attr")
+    return ResidualBlock(own, last, nodes, inputs)
 
 
 def groups(graph: torch.fx.Graph, linears: Iterable[Node]) -> list[Group]:
@@ -107,8 +169,8 @@ def groups(graph: torch.fx.Graph, linears: Iterable[Node]) -> list[Group]:
     return [Group(source, tuple(nodes)) for source, nodes in members.items()]
 
 
-def _addends(node: Node) -> Iterator[Node]:
-    """Values of the shape of what `node` computes that are added to it, as long as nothing else reads the sum."""
+def _sums(node: Node) -> Iterator[tuple[Node, Node]]:
+    """Sums of what `node` computes and values of its shape, with these values, as long as nothing else reads a sum."""
     while len(node.users) == 1:
         (total,) = node.users
         if total.target is not torch.ops.aten.add.Tensor or total.kwargs:
@@ -119,7 +181,7 @@ def _addends(node: Node) -> Iterator[Node]:
             return
         (other,) = others
         assert isinstance(other, Node)  # noqa: S101  nothing else has a shape
-        yield other
+        yield total, other
         node = total
 
 
@@ -130,6 +192,9 @@ def _shape(value: Any) -> torch.Size | None:
 
 Replacement = PifaFactors | Tensor
 """What stands in for the weight of a linear: factors, or another weight [out, in]."""
+
+Refine = Callable[[ResidualBlock, "BlockValues"], Mapping[Node, Replacement]]
+"""From a block whose linears are solved to what they become; see `Sweep.run`."""
 
 
 class Sweep:
@@ -142,6 +207,7 @@ class Sweep:
         dense_gram: whether the dense model's Gram matrices are summed beside the compressed model's.
         drift: whether outputs are summed together with what differs between both flows in the values that they are
             added to (`Statistics.output_cross`).
+        blocks: whether blocks are handed over; both flows are followed then.
         room: where the values between segments may lie.
         processes: those that share the batches; None is this one alone.
     """
@@ -154,13 +220,14 @@ class Sweep:
         flows: Flow = "both",
         dense_gram: bool = False,
         drift: bool = False,
+        blocks: bool = False,
         room: Room | None = None,
         processes: Processes | None = None,
     ) -> None:
         self._dense_gram = dense_gram
         self._processes = Processes() if processes is None else processes
         self._weights = captured.weights
-        self.segments = plan(captured.graph.graph, linears, drift=drift)
+        self.segments = plan(captured.graph.graph, linears, drift=drift, blocks=blocks)
         by_weight = linears_by_weight(captured.graph)
         self._uses = {node: by_weight[weight_name(node)] for node in linears}  # a new weight is one for all of them
         self._replaced: dict[Node, Replacement] = {}  # of linears that are still to be computed
@@ -168,13 +235,14 @@ class Sweep:
         self._constant: Values = {}
         placeholders = captured.graph.graph.find_nodes(op="placeholder")
         self._store = ValueStore(room or Room())
-        self._batches = self._processes.own(len(captured.inputs))
+        self._count = len(captured.inputs)
+        self._batches = self._processes.own(self._count)
         for batch in self._batches:
             self._keep(batch, Flows(dict(zip(placeholders, captured.inputs[batch], strict=True))))
-        self._varies = _downstream(captured.graph, placeholders)
+        self._varies = _downstream(captured.graph.graph, placeholders)
         self._diverges = set()
         if flows == "both":
-            self._diverges = _downstream(captured.graph, (use for uses in self._uses.values() for use in uses))
+            self._diverges = _downstream(captured.graph.graph, (use for uses in self._uses.values() for use in uses))
         self._only_compressed = flows == "compressed"
         self._freed_after = _last_uses(self.segments)
 
@@ -190,13 +258,17 @@ class Sweep:
         progress: Progress | None = None,
         *,
         known: Callable[[Group], Mapping[Node, Replacement] | None] = lambda group: None,
+        refine: Refine | None = None,
     ) -> None:
         """Walks the graph; `solve` gives factors, or another weight, for the members of a group that are replaced.
 
         Args:
             solve: called once for every group, in the order of the graph.
             progress: called after each group.
-            known: what an earlier walk's `solve` gave for a group, which is then neither summed nor solved again.
+            known: what an earlier walk's `solve` gave for a group, which is then neither summed nor solved again; or
+                `refine`, of a block whose groups are all known.
+            refine: called for every block that is not known once its groups are solved; may give its linears something
+                else, with which the walk goes on.
 
         Raises:
             CalibrationError: an input of a linear is not finite, or all its tokens are padding; names the weight.
@@ -210,13 +282,16 @@ class Sweep:
             sums = self._compute(segment, summed=found is None)
             for node in segment.nodes:
                 self._replaced.pop(node, None)
-            steps: list[Node | Group] = [*segment.nodes, segment.group]
-            for step in steps:
-                for node in self._freed_after.get(step, ()):
-                    self._constant.pop(node, None)
+            steps: list[Step] = [*segment.nodes, segment.group, *([] if segment.block is None else [segment.block])]
+            solved_now = found is None
             if found is None:
                 found = solve(segment.group, sums.finish(label, self._processes))
             self._replaced.update({use: new for node, new in found.items() for use in self._uses[node]})
+            if segment.block is not None:
+                self._end(segment.block, refine if solved_now else None)
+            for step in steps:
+                for node in self._freed_after.get(step, ()):
+                    self._constant.pop(node, None)
             self._weights.give_back()
             if progress is not None:
                 progress(index + 1, len(self.segments), label)
@@ -245,12 +320,43 @@ class Sweep:
             self._keep(batch, flows)
         return sums
 
+    def _end(self, block: ResidualBlock, refine: Refine | None) -> None:
+        """Has a block refined, goes on with what it computes then, and forgets what only the block reads."""
+        refined: Mapping[Node, Replacement] = {}
+        if refine is not None:
+            refined = refine(block, BlockValues(self, block))
+            self._replaced.update({node: new for node, new in refined.items() if node in self._replaced})
+        for batch in self._batches:
+            flows = self._flows(batch)
+            if refined:
+                stale = {node for node in block.nodes if node in flows.compressed}
+                self._store.drop((batch, "compressed"), stale)
+                values = self._compute_block(block, batch, stale, refined)
+                flows.compressed.update({node: values[node] for node in stale})
+            self._free(block, flows)
+            self._keep(batch, flows)
+
+    def _compute_block(
+        self, block: ResidualBlock, batch: int, wanted: Iterable[Node], replaced: Mapping[Node, Replacement]
+    ) -> Values:
+        """Values of a block's nodes as far as `wanted` need them, from what the compressed flow gives the block."""
+        inputs = set(block.inputs)
+        values = self._store.select((batch, "shared"), inputs) | self._store.select((batch, "compressed"), inputs)
+        needed = ancestors(*wanted)
+        for node in block.nodes:
+            if node in needed:
+                values[node] = self._compute_node(node, values, replaced)
+        return values
+
     def _keep(self, batch: int, flows: Flows) -> None:
         for name in ("shared", "dense", "compressed"):
             self._store.put((batch, name), getattr(flows, name))
 
+    def _flows(self, batch: int) -> Flows:
+        return Flows(*(self._store.get((batch, name)) for name in ("shared", "dense", "compressed")))
+
     def _run_segment(self, segment: Segment, batch: int) -> Flows:
-        flows = Flows(*(self._store.get((batch, name)) for name in ("shared", "dense", "compressed")))
+        flows = self._flows(batch)
         for node in segment.nodes:
             if node not in self._varies:
                 if node not in self._constant:
@@ -265,8 +371,11 @@ class Sweep:
         return flows
 
     def _evaluate(self, node: Node, values: Values, *, compressed: bool) -> Any:
-        if compressed and node in self._replaced:
-            new, bias = self._replaced[node], _bias(node)
+        return self._compute_node(node, values, self._replaced if compressed else {})
+
+    def _compute_node(self, node: Node, values: Values, replaced: Mapping[Node, Replacement]) -> Any:
+        if node in replaced:
+            new, bias = replaced[node], _bias(node)
             x, b = self._value(node.all_input_nodes[0], values), None if bias is None else self._value(bias, values)
             if isinstance(new, Tensor):
                 return nn.functional.linear(x, new, b)
@@ -298,9 +407,49 @@ class Sweep:
                 wanted = wanted + (tokens_as_rows(dense, mask) - tokens_as_rows(compressed, mask))
         return wanted
 
-    def _free(self, step: Node | Group, flows: Flows) -> None:
+    def _free(self, step: Step, flows: Flows) -> None:
         for node in self._freed_after.get(step, ()):
             flows.free(node)
+
+
+class BlockValues:
+    """What a block computes on the calibration batches that are this process's.
+
+    Attributes:
+        count: how many batches all processes have.
+        own: those of this one.
+    """
+
+    def __init__(self, sweep: Sweep, block: ResidualBlock) -> None:
+        self._sweep, self._block = sweep, block
+        self.count, self.own = sweep._count, sweep._batches
+
+    def output(self, batch: int, replaced: Mapping[Node, Replacement]) -> Tensor:
+        """The block's sum, tokens as rows [tokens, out] in float32, on inputs of the compressed flow.
+
+        Args:
+            batch: which.
+            replaced: what stands in for the weights of the block's linears; gradients reach it.
+        """
+        values = self._sweep._compute_block(self._block, batch, [self._block.output], replaced)
+        return self._rows(values[self._block.output], batch)
+
+    def wanted(self, batch: int) -> Tensor:
+        """The same of the dense model."""
+        sweep, block = self._sweep, self._block
+        flows = sweep._flows(batch)
+        values = flows.shared | flows.dense
+        missing = [block.output]
+        while missing:
+            node = missing[-1]
+            unknown = [each for each in node.all_input_nodes if each in block.nodes and each not in values]
+            missing += unknown
+            if not unknown:
+                values[missing.pop()] = sweep._compute_node(node, values, {})
+        return self._rows(values[block.output], batch)
+
+    def _rows(self, x: Tensor, batch: int) -> Tensor:
+        return tokens_as_rows(x, self._sweep._masks.rows(self._block.output, batch, x.shape[:-1]))
 
 
 class _Sums:
@@ -387,23 +536,25 @@ def gram_matrix(rows: Tensor) -> Tensor:
     return gram
 
 
-def _downstream(gm: GraphModule, roots: Iterable[Node]) -> set[Node]:
+def _downstream(graph: torch.fx.Graph, roots: Iterable[Node]) -> set[Node]:
     found = set(roots)
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if any(parent in found for parent in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _last_uses(segments: Sequence[Segment]) -> dict[Node | Group, list[Node]]:
+def _last_uses(segments: Sequence[Segment]) -> dict[Step, list[Node]]:
     """For every step of the walk, the values that nothing after it reads."""
-    last: dict[Node, Node | Group] = {}
+    last: dict[Node, Step] = {}
     for segment in segments:
         for node in segment.nodes:
             last.update(dict.fromkeys(node.all_input_nodes, node))
         for node in (segment.group.source, *(node for nodes in segment.addends.values() for node in nodes)):
             last[node] = segment.group
-    freed: dict[Node | Group, list[Node]] = {}
+        if segment.block is not None:
+            last.update(dict.fromkeys(segment.block.inputs, segment.block))
+    freed: dict[Step, list[Node]] = {}
     for node, step in last.items():
         freed.setdefault(step, []).append(node)
     return freed
