@@ -150,6 +150,15 @@ def llava() -> nn.Module:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def pali_gemma() -> nn.Module:
+    import transformers
+
+    tower = transformers.SiglipVisionConfig(**IMAGES, vision_use_head=False, projection_dim=32)
+    words = transformers.GemmaConfig(**HEADS_OF_8)
+    config = {"vision_config": tower, "text_config": words, "projection_dim": 32, "image_token_index": PICTURE}
+    return transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(**config))
+
+
 ROTARY = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 TEXT_OF_QWEN = {**GROUPED, "max_position_embeddings": 128, "rope_parameters": ROTARY}
 TOWER_OF_QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2}
@@ -317,6 +326,7 @@ ARCHITECTURES = (
     Architecture(SEVERAL, "CLIP", clip, text_and_image, NO_LOGITS),
     Architecture(SEVERAL, "SigLIP", siglip, text_and_image, NO_LOGITS),
     Architecture(SEVERAL, "LLaVA", llava, text_with_image),
+    Architecture(SEVERAL, "PaliGemma", pali_gemma, text_with_image, IN_PARTS),
     Architecture(SEVERAL, "Qwen2-VL", of("Qwen2VLForConditionalGeneration", QWEN2_VL), text_with_patches, IN_PARTS),
     Architecture(
         SEVERAL, "Qwen2.5-VL", of("Qwen2_5_VLForConditionalGeneration", QWEN2_5_VL), text_with_patches, IN_PARTS

@@ -23,8 +23,8 @@ from ..distill import distill
 from ..distillation.config import DistillConfig
 from ..errors import ConfigError
 from ..files import write_whole
-from ..graph.capture import capture
 from ..graph.linears import read_weight, weight_name
+from ..graph.parts import capture_whole_or_in_parts
 from ..hf.perplexity import perplexity
 from ..reconstruction.allocators import ALLOCATORS
 from ..reconstruction.config import CompressConfig
@@ -263,7 +263,7 @@ def prune(model: nn.Module, batches: Sequence[Tensor], name: str, progress: Prog
     Returns:
         The names of the weights.
     """
-    captured = capture(model, batches)
+    captured = capture_whole_or_in_parts(model, batches)
     found, _ = find_linears(model, captured.graph, (), {})
     parameters = dict(model.named_parameters())
 

@@ -1,5 +1,5 @@
-"""Capturing a model in parts, where `torch.export` cannot make one graph of it: what its submodules are called with, in
-the calls of the model, is recorded, and each is captured for its own calls.
+"""Capturing a model in parts, where `torch.export` cannot make one graph of it, or makes one that computes something
+else: what its submodules are called with, in the calls of the model, is recorded, and each is captured for its own.
 
 The parts are the largest submodules that can be captured. Their graphs become one, in which nothing leads from one part
 to another: each starts from what the dense model gives it. Weights keep the names that they have in the whole model.
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CalibrationError, CaptureError
 from .capture import Batch, Captured, call_of, capture
 from .linears import linears_by_weight
+from .same_values import check_same_values
 from .token_masks import TokenMasks
 from .weights import WeightsInMemory
 
@@ -27,14 +28,14 @@ _PARTS_NAMED = 8
 
 
 def capture_whole_or_in_parts(model: nn.Module, batches: Sequence[Batch]) -> Captured:
-    """Captures `model` by `capture`, or in parts where that cannot make one graph of it.
+    """Captures `model` by `capture`, or in parts where that cannot make one graph of it that computes the same.
 
     Raises:
         CalibrationError: as `capture`.
         CaptureError: no part that holds a linear can be captured either; says why the whole cannot.
     """
     try:
-        return capture(model, batches)
+        return _captured(model, batches)
     except CaptureError as error:
         if isinstance(model, GraphModule):
             raise
@@ -45,6 +46,12 @@ def capture_whole_or_in_parts(model: nn.Module, batches: Sequence[Batch]) -> Cap
         if not parts:
             raise
         return _as_one(model, parts, error)
+
+
+def _captured(model: nn.Module, batches: Sequence[Batch]) -> Captured:
+    found = capture(model, batches)
+    check_same_values(model, found, batches[0])
+    return found
 
 
 class _CallError(CaptureError):
@@ -145,7 +152,7 @@ def _capture_part(model: nn.Module, name: str, calls: _Calls) -> Captured | None
         return None
     within = _Within(model, name)
     try:
-        return capture(within, [_by_name(within, *call) for call in calls.first])
+        return _captured(within, [_by_name(within, *call) for call in calls.first])
     except (CaptureError, CalibrationError):  # then its own parts are tried
         return None
 
