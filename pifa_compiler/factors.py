@@ -6,7 +6,7 @@ budget of stored numbers allows.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -99,21 +99,39 @@ class PifaFactors:
 
 
 def row_order(pivots: Tensor, d_out: int) -> Tensor:
-    """The gather index that puts rows stored as [pivots, others] back: [d_out], int64.
+    """The gather index that puts rows stored as [pivots, others] back: [..., out], int64.
 
     Args:
-        pivots: the pivot rows' places in the output, [r], any integer dtype.
+        pivots: the pivot rows' places in the output, [..., r], any integer dtype.
         d_out: number of rows.
     """
-    is_pivot = torch.zeros(d_out, dtype=torch.bool, device=pivots.device)
-    is_pivot[pivots.long()] = True
-    others = torch.nonzero(~is_pivot).squeeze(-1)
-    return torch.argsort(torch.cat((pivots.long(), others)))
+    pivots = pivots.long()
+    is_pivot = torch.zeros(*pivots.shape[:-1], d_out, dtype=torch.bool, device=pivots.device).scatter(-1, pivots, True)
+    others = is_pivot.argsort(dim=-1, stable=True)[..., : d_out - pivots.shape[-1]]
+    return torch.argsort(torch.cat((pivots, others), dim=-1), dim=-1)
 
 
 def stored_numbers(d_out: int, d_in: int, rank: int) -> int:
     """Numbers that the PIFA form of a [d_out, d_in] weight stores at `rank`, the row order's indices included."""
     return rank * (d_out + d_in - rank) + rank
+
+
+def with_rank(factors: PifaFactors, rank: int) -> PifaFactors:
+    """The same weight stored with `rank` rows, more than it needs: its first other rows become pivot rows too.
+
+    Raises:
+        RankError: it has more pivot rows, or fewer rows in all.
+    """
+    more = rank - factors.rank
+    if not 0 <= more <= len(factors.coeff):
+        raise RankError(f"a weight of {factors.shape[0]} rows and rank {factors.rank} cannot be stored with rank {rank}")
+    if more == 0:
+        return factors
+    others = factors.order().argsort()[factors.rank :]
+    pivots, at = torch.cat((factors.pivots, others[:more])).sort()
+    rows = torch.cat((factors.w_pivot, factors.coeff[:more] @ factors.w_pivot))
+    coeff = torch.nn.functional.pad(factors.coeff[more:], (0, more))
+    return replace(factors, w_pivot=rows[at], coeff=coeff[:, at], pivots=pivots)
 
 
 def rank_for_density(d_out: int, d_in: int, density: float, *, multiple: int = 1) -> int:

@@ -12,7 +12,58 @@ from .factors import PifaFactors, row_order
 from .kernels import linear
 
 
-class PifaLinear(nn.Module):
+class WithRowOrder(nn.Module):
+    """A module with pivots, and with the row order that follows from them.
+
+    Whoever changes the pivots need not know of the order: it is derived again when the module is called.
+    """
+
+    order: Tensor | None
+    pivots: Tensor
+    out_features: int
+    _order_is_of: tuple[Tensor, int] | None = None
+    """The pivots that `order` was derived from, and their version; None if that is not known."""
+
+    def restore_order(self) -> None:
+        """Recomputes the row order from `pivots`; for loaders that fill the parameters without `load_state_dict`."""
+        first = torch.arange(self.pivots.shape[-1], dtype=self.pivots.dtype, device=self.pivots.device)
+        self._order_is_of = _with_version(self.pivots)
+        self.order = None if bool((self.pivots == first).all()) else self.row_order()
+
+    def row_order(self) -> Tensor:
+        """The gather index of the operator, [..., out], int64, also where `order` is None."""
+        return row_order(self.pivots, self.out_features)
+
+    def _start_order(self) -> None:
+        """The pivots become the first rows."""
+        *groups, rank = self.pivots.shape
+        with torch.no_grad():
+            self.pivots.copy_(torch.arange(rank, device=self.pivots.device))
+        self._order_is_of = _with_version(self.pivots)
+        # Which pivots a layer on the meta device will have is not known: it has a place for an order.
+        place = torch.empty(*groups, self.out_features, dtype=torch.int64, device="meta")
+        self.order = place if self.pivots.is_meta else None
+
+    def _follow_pivots(self) -> None:
+        """Derives the order again if there are other pivots than it was derived from."""
+        if torch.compiler.is_compiling():
+            return
+        pivots, known = self.pivots, self._order_is_of
+        if known is not None and known[0] is pivots and known[1] == pivots._version:
+            return
+        if not (pivots.is_meta or pivots.is_inference() or _is_transformed(pivots)):
+            self.restore_order()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order_is_of": None}  # a copy counts its versions anew
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.pivots.is_meta:
+            self.restore_order()
+
+
+class PifaLinear(WithRowOrder):
     """A linear layer whose weight [out, in] of rank r is stored in PIFA form.
 
     It can be fine-tuned, moved, cast, copied and saved like any module. The state dict holds `w_pivot` [r, in],
@@ -35,10 +86,8 @@ class PifaLinear(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = ["weight"]  # torch.jit.script compiles properties, used or not
 
-    order: Tensor | None
+    order: Tensor | None  # torch.jit.script looks here
     pivots: Tensor
-    _order_is_of: tuple[Tensor, int] | None = None
-    """The pivots that `order` was derived from, and their version; None if that is not known."""
 
     def __init__(
         self,
@@ -75,11 +124,7 @@ class PifaLinear(nn.Module):
         nn.init.uniform_(self.coeff, -bound_of_coeff, bound_of_coeff)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        with torch.no_grad():
-            self.pivots.copy_(torch.arange(self.rank, device=self.pivots.device))
-        self._order_is_of = _with_version(self.pivots)
-        # Which pivots a layer on the meta device will have is not known: it has a place for an order.
-        self.order = torch.empty(self.out_features, dtype=torch.int64, device="meta") if self.pivots.is_meta else None
+        self._start_order()
 
     @classmethod
     def from_factors(cls, factors: PifaFactors, bias: Tensor | None = None, requires_grad: bool = True) -> "PifaLinear":
@@ -99,16 +144,6 @@ class PifaLinear(nn.Module):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad)
         layer.restore_order()
         return layer
-
-    def restore_order(self) -> None:
-        """Recomputes the row order from `pivots`; for loaders that fill the parameters without `load_state_dict`."""
-        first = torch.arange(self.rank, dtype=self.pivots.dtype, device=self.pivots.device)
-        self._order_is_of = _with_version(self.pivots)
-        self.order = None if torch.equal(self.pivots, first) else self.row_order()
-
-    def row_order(self) -> Tensor:
-        """The gather index of `pifa::linear`, [out], int64, also where `order` is None."""
-        return row_order(self.pivots, self.out_features)
 
     @property
     def weight(self) -> Tensor:
@@ -148,30 +183,12 @@ class PifaLinear(nn.Module):
         self._follow_pivots()
         return linear(x, self.w_pivot, self.coeff, self.order, self.bias)
 
-    def _follow_pivots(self) -> None:
-        """Derives the order again if there are other pivots than it was derived from."""
-        if torch.compiler.is_compiling():
-            return
-        pivots, known = self.pivots, self._order_is_of
-        if known is not None and known[0] is pivots and known[1] == pivots._version:
-            return
-        if not (pivots.is_meta or pivots.is_inference() or _is_transformed(pivots)):
-            self.restore_order()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_order_is_of": None}  # a copy counts its versions anew
-
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` shows it."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
         )
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.pivots.is_meta:
-            self.restore_order()
 
 
 def _check_shape(in_features: int, out_features: int, rank: int, dtype: torch.dtype | None) -> None:
