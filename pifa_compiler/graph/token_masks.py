@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .picked_tokens import find_picks
+
 _MASK = re.compile(r"(?:(?P<stream>\w+)_)?(?P<kind>attention_mask|key_padding_mask)")
 _UNCLEAR = ("mask", "padding_mask")
 """Names under which some models want the tokens that count and others the padding."""
@@ -38,10 +40,12 @@ class _Stream:
     Attributes:
         mask: the mask's name; None if the model is called without one.
         tokens: for every batch [batch, tokens], True at those that count; None where all do.
+        count: how many tokens a batch has, in the symbols of the graph; None if that is not known.
     """
 
     mask: str | None
     tokens: Sequence[Tensor | None]
+    count: str | None
 
 
 class TokenMasks:
@@ -50,9 +54,13 @@ class TokenMasks:
     Args:
         graph: the captured graph.
         inputs: for every batch one value per placeholder, in order.
+
+    Attributes:
+        picks: values whose rows are tokens that the model picks.
     """
 
     def __init__(self, graph: GraphModule, inputs: Sequence[Sequence[Any]]) -> None:
+        self.picks = find_picks(graph)
         placeholders = graph.graph.find_nodes(op="placeholder")
         given = {node: [values[place] for values in inputs] for place, node in enumerate(placeholders)}
         given = {node: values for node, values in given.items() if all(isinstance(value, Tensor) for value in values)}
@@ -75,10 +83,14 @@ class TokenMasks:
                 self._unclear.append(f"{name}: pass attention_mask, 1 at tokens that count, where the model takes one")
         if labelled is not None:
             masks.setdefault("decoder", labelled)
-        self._streams = {stream: _Stream(str(node.target), tokens) for stream, (node, tokens) in masks.items()}
+        self._streams = {
+            stream: _Stream(str(node.target), tokens, _count_of(node)) for stream, (node, tokens) in masks.items()
+        }
         self._stream_of = _streams_by_node(graph, given, masks)
 
-    def rows(self, node: Node, batch: int, lead: Sequence[int], layers: Iterable[str] = ()) -> Tensor | None:
+    def rows(
+        self, node: Node, batch: int, lead: Sequence[int], layers: Iterable[str] = (), picked: Tensor | None = None
+    ) -> Tensor | None:
         """Which rows of a value count, [rows], or None where all do.
 
         Args:
@@ -86,12 +98,17 @@ class TokenMasks:
             batch: the index of the calibration batch.
             lead: the value's shape without its last dimension, the channels; rows are all of it in one.
             layers: the linears that read the value, for the note if the mask does not fit it.
+            picked: of a value in `picks`, which tokens its rows are, [rows].
         """
         stream = self._streams.get(self._stream_of.get(node, "none"))
         tokens = None if stream is None else stream.tokens[batch]
         if stream is None or tokens is None or tuple(lead) in ((), (tokens.shape[0],)):  # one row a sample: pooled
             return None
-        laid = _lay(tokens, tuple(lead))
+        if node in self.picks:
+            fits = picked is not None and stream.count == _size_of(self.picks[node].source)
+            laid = tokens.reshape(-1)[picked] if fits else None
+        else:
+            laid = _lay(tokens, tuple(lead))
         if laid is None:
             known = self._unfitted.setdefault(str(stream.mask), [])
             known += [layer for layer in layers if layer not in known]
@@ -108,6 +125,17 @@ class TokenMasks:
                 f"than {mask}: {_names(layers)}"
             )
         return found
+
+
+def _count_of(mask: Node) -> str | None:
+    """How many tokens a batch has, by a mask [batch, tokens] or [batch, .., tokens], in the symbols of its graph."""
+    value = mask.meta.get("val")
+    return str(value.shape[0] * value.shape[-1]) if isinstance(value, Tensor) and value.ndim >= 2 else None
+
+
+def _size_of(source: Node) -> str | None:
+    value = source.meta.get("val")
+    return str(value.shape[0]) if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def _names(layers: Sequence[str]) -> str:

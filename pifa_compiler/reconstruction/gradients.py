@@ -152,12 +152,14 @@ class _Record:
         leaves: values that crossed into it.
         met: outputs of the linears that gradients are wanted of.
         outputs: values that cross out of it.
+        masks: which tokens count, by what the linears read.
     """
 
     block: Block
     leaves: dict[Node, Tensor]
     met: dict[Node, Tensor]
     outputs: Values
+    masks: dict[Node, Tensor | None]
 
 
 def _detached(values: Values) -> Values:
@@ -277,6 +279,8 @@ class _Walk:
 
     def _crossing(self, block: Block, batch: int) -> Values:
         read = {parent for node in block.nodes for parent in node.all_input_nodes}
+        picks = self.captured.masks.picks
+        read |= {picks[source].tokens for source in read if source in picks}
         return _detached(self.values.select(batch, read))
 
     def _gradient_of(self, logits: Tensor, batch: int) -> Tensor:
@@ -284,13 +288,18 @@ class _Walk:
         mask = None if counts is None else counts.view(logits.shape[:2])
         return _logits_gradient(logits, mask, torch.Generator().manual_seed(batch))
 
-    def _sum_inputs(self, source: Node, values: Values, batch: int, sums: _Sums) -> None:
+    def _sum_inputs(self, source: Node, values: Values, batch: int, sums: _Sums) -> Tensor | None:
+        """Sums what linears read; returns which of its tokens count."""
         readers = [weight_name(user).removesuffix(".weight") for user in source.users if user in self.linears]
-        mask = self.captured.masks.rows(source, batch, values[source].shape[:-1], readers)
-        rows = tokens_as_rows(values[source].detach(), mask, self.stride)
+        masks, pick = self.captured.masks, self.captured.masks.picks.get(source)
+        picked = None if pick is None else values[pick.tokens]
+        mask = masks.rows(source, batch, values[source].shape[:-1], readers, picked)
+        # Of tokens that were picked there are few already.
+        rows = tokens_as_rows(values[source].detach(), mask, self.stride if pick is None else 1)
         sums.tokens[source] = sums.tokens.get(source, 0) + len(rows)
         _add(sums.gram, source, _gram_matrix(rows))
         _add(sums.sum_abs, source, rows.abs().sum(dim=0))
+        return mask
 
     def _record(self, block: Block, batch: int, sums: _Sums) -> _Record:
         """Computes a block from the values that cross into it, and sums the inputs of its linears."""
@@ -301,20 +310,19 @@ class _Walk:
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         met: dict[Node, Tensor] = {}
-        summed: set[Node] = set()
+        masks: dict[Node, Tensor | None] = {}
 
         def note(node: Node, values: Values) -> None:
             if node in self.linears:
                 met[node] = values[node] if values[node].requires_grad else values[node].requires_grad_()
                 source = node.all_input_nodes[0]
-                if source not in summed:
-                    summed.add(source)
-                    self._sum_inputs(source, values, batch, sums)
+                if source not in masks:
+                    masks[source] = self._sum_inputs(source, values, batch, sums)
 
         with torch.enable_grad():
             outputs = run_block(self.captured.weights, block, inputs, note)
         made = set(block.nodes)
-        return _Record(block, leaves, met, {node: value for node, value in outputs.items() if node in made})
+        return _Record(block, leaves, met, {node: value for node, value in outputs.items() if node in made}, masks)
 
     def _back(self, record: _Record, gradients: Values, batch: int, sums: _Sums) -> Values:
         """Gradients at the values that cross into a block, from those at the values that cross out of it."""
@@ -340,8 +348,8 @@ class _Walk:
             if gradient is not None and node in record.leaves:
                 before[node] = before[node] + gradient if node in before else gradient
             elif gradient is not None:
-                mask = self.captured.masks.rows(node.all_input_nodes[0], batch, gradient.shape[:-1])
-                _add(sums.gradient_gram, node, _gram_matrix(tokens_as_rows(gradient, mask)))
+                rows = tokens_as_rows(gradient, record.masks[node.all_input_nodes[0]])
+                _add(sums.gradient_gram, node, _gram_matrix(rows))
         return before
 
 

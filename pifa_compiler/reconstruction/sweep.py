@@ -7,6 +7,9 @@ the group's weights are then solved, and the next segment runs with them. Every 
 values are freed after their last use, and the walk ends at the last linear to compress: a head's logits are never
 computed. There are no layer names in it.
 
+Where a model picks tokens (a router sends them to experts), the compressed one may pick others: statistics are of those
+that both pick.
+
 Between segments the values of all batches may lie in files, and weights are read again for every segment, so that
 neither need fit into memory.
 
@@ -26,6 +29,7 @@ from ..errors import CalibrationError
 from ..factors import PifaFactors
 from ..graph.capture import Captured
 from ..graph.linears import linears_by_weight, weight_name
+from ..graph.picked_tokens import Pick
 from ..graph.run import Values, ancestors, call, weights_of
 from ..kernels import linear
 from ..processes import Processes
@@ -244,7 +248,7 @@ class Sweep:
         if flows == "both":
             self._diverges = _downstream(captured.graph.graph, (use for uses in self._uses.values() for use in uses))
         self._only_compressed = flows == "compressed"
-        self._freed_after = _last_uses(self.segments)
+        self._freed_after = _last_uses(self.segments, self._masks.picks)
 
     @property
     def peak_bytes(self) -> int:
@@ -285,7 +289,8 @@ class Sweep:
             steps: list[Step] = [*segment.nodes, segment.group, *([] if segment.block is None else [segment.block])]
             solved_now = found is None
             if found is None:
-                found = solve(segment.group, sums.finish(label, self._processes))
+                picked = segment.group.source in self._masks.picks
+                found = solve(segment.group, sums.finish(label, self._processes, may_be_empty=picked))
             self._replaced.update({use: new for node, new in found.items() for use in self._uses[node]})
             if segment.block is not None:
                 self._end(segment.block, refine if solved_now else None)
@@ -309,10 +314,10 @@ class Sweep:
         for batch in self._batches:
             flows = self._run_segment(segment, batch)
             dense, compressed = self._both(flows, source)
-            mask = self._masks.rows(source, batch, dense.shape[:-1], layers)
+            mask, mask_of_compressed = self._counted(source, batch, flows, layers)
             if summed:
                 rows = tokens_as_rows(dense, mask)
-                inputs = rows if compressed is dense else tokens_as_rows(compressed, mask)
+                inputs = rows if compressed is dense else tokens_as_rows(compressed, mask_of_compressed)
                 sums.add(rows, inputs, cross=len(added) < len(segment.group.members))
                 for member, addends in added.items():
                     sums.add_outputs(weight_name(member), self._wanted_output(member, addends, flows, mask), inputs)
@@ -393,6 +398,23 @@ class Sweep:
         if node in flows.shared:
             return flows.shared[node], flows.shared[node]
         return flows.dense[node], flows.compressed[node]
+
+    def _counted(
+        self, source: Node, batch: int, flows: Flows, layers: Iterable[str]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows of a value count in the dense flow and in the compressed one: the same tokens, in one order."""
+        lead = self._both(flows, source)[0].shape[:-1]
+        pick = self._masks.picks.get(source)
+        if pick is None:
+            mask = self._masks.rows(source, batch, lead, layers)
+            return mask, mask
+        dense, compressed = self._both(flows, pick.tokens)
+        mask = self._masks.rows(source, batch, lead, layers, dense)
+        if compressed is dense:
+            return mask, mask
+        counted = dense if mask is None else dense[mask]
+        both = counted[torch.isin(counted, compressed)]
+        return torch.isin(dense, both), torch.isin(compressed, both)
 
     def _wanted_output(self, linear: Node, addends: Iterable[Node], flows: Flows, mask: Tensor | None) -> Tensor:
         """What `linear` computes in the dense model, without its bias, and what its addends lack; tokens as rows."""
@@ -477,7 +499,7 @@ class _Sums:
     def add_outputs(self, name: str, outputs: Tensor, inputs: Tensor) -> None:
         self.output_cross[name] = self.output_cross.get(name, 0) + (outputs.T @ inputs).double()
 
-    def finish(self, label: str, processes: Processes) -> Statistics:
+    def finish(self, label: str, processes: Processes, *, may_be_empty: bool = False) -> Statistics:
         """The sums of all processes.
 
         Raises:
@@ -485,7 +507,7 @@ class _Sums:
         """
         self._add_those_of_others(processes)
         dense_gram = self.dense_gram if self.wants_dense_gram else self.gram
-        if self.tokens == 0:
+        if self.tokens == 0 and not may_be_empty:
             raise CalibrationError(
                 f"no token reaches the input of {label}: the masks leave none in any calibration batch, or the batches "
                 "are empty; an attention_mask is 1 at the tokens that count"
@@ -544,13 +566,15 @@ def _downstream(graph: torch.fx.Graph, roots: Iterable[Node]) -> set[Node]:
     return found
 
 
-def _last_uses(segments: Sequence[Segment]) -> dict[Step, list[Node]]:
+def _last_uses(segments: Sequence[Segment], picks: Mapping[Node, Pick]) -> dict[Step, list[Node]]:
     """For every step of the walk, the values that nothing after it reads."""
     last: dict[Node, Step] = {}
     for segment in segments:
         for node in segment.nodes:
             last.update(dict.fromkeys(node.all_input_nodes, node))
-        for node in (segment.group.source, *(node for nodes in segment.addends.values() for node in nodes)):
+        source = segment.group.source
+        which = (picks[source].tokens,) if source in picks else ()
+        for node in (source, *which, *(node for nodes in segment.addends.values() for node in nodes)):
             last[node] = segment.group
         if segment.block is not None:
             last.update(dict.fromkeys(segment.block.inputs, segment.block))
