@@ -88,7 +88,7 @@ def check_siblings(name: str, which: str) -> list[str]:
     d_in, sizes = SIBLINGS[which]
     dtype = DTYPES[name]
     values = [operands(out, d_in, rank, 1, dtype) for out, rank in sizes]
-    w_pivots, coeffs = ([each[place] for each in values] for place in (1, 2))
+    w_pivots, coeffs, orders, biases = ([each[place] for each in values] for place in (1, 2, 3, 4))
     wrong = []
     for laid, tokens in itertools.product((False, True), (*TOKENS, 200)):
         if laid:
@@ -96,7 +96,10 @@ def check_siblings(name: str, which: str) -> list[str]:
             lay_side_by_side(coeffs)
         x = torch.randn(tokens, d_in, device="cuda").to(dtype)
         for form in (linear_siblings_gemm, linear_siblings_triton, linear_siblings_batched):
-            if form is linear_siblings_batched:
+            behind = [(None, None)] * len(sizes)
+            if form is linear_siblings_triton:
+                results, behind = form(x, w_pivots, coeffs, orders, biases), zip(orders, biases, strict=True)
+            elif form is linear_siblings_batched:
                 if which != "equal":
                     continue
                 results = form(x, w_pivots, coeffs).unbind(-2)
@@ -104,9 +107,9 @@ def check_siblings(name: str, which: str) -> list[str]:
                 z, rest = form(x, w_pivots, coeffs)
                 parts = z.split([w.shape[0] for w in w_pivots], -1), rest.split([c.shape[0] for c in coeffs], -1)
                 results = [torch.cat(pair, -1) for pair in zip(*parts, strict=True)]
-            for i, (w_pivot, coeff, got) in enumerate(zip(w_pivots, coeffs, results, strict=True)):
-                exact = linear_ref(x.double(), w_pivot.double(), coeff.double())
-                torch_error = (linear(x, w_pivot, coeff) - exact).abs().max().item()
+            for i, (w_pivot, coeff, (o, b), got) in enumerate(zip(w_pivots, coeffs, behind, results, strict=True)):
+                exact = linear_ref(x.double(), w_pivot.double(), coeff.double(), o, None if b is None else b.double())
+                torch_error = (linear(x, w_pivot, coeff, o, b) - exact).abs().max().item()
                 rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * d_in**0.5
                 bound = 2 * torch_error + rounding * exact.abs().max().item()
                 error = (got - exact).abs().max().item()

@@ -18,6 +18,7 @@ import triton
 from pifa_compiler.kernels.linear_triton_decode import decode_kernel
 from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
 from pifa_compiler.kernels.linear_triton_siblings import siblings_kernel
+from pifa_compiler.kernels.linear_triton_siblings_decode import siblings_decode_kernel
 from pifa_compiler.kernels.linear_triton_tiles import (
     Tile,
     decode_tiles,
@@ -158,7 +159,7 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                 tiles = (fixed_tiles_of if fixed_only else tiles_of)(kernel, dtype, limits.hip)
                 two_ways = dtype == "fp32" and not kernel.endswith("decode1") and not limits.hip
                 precisions = ("ieee", "tf32") if two_ways else ("ieee",)
-                epilogues = (True, False) if kernel.startswith("decode") else (False,)
+                epilogues = (False,) if kernel.endswith("prefill") else (True, False)
                 for tile, precision, product, ordered in itertools.product(
                     tiles, precisions, ("pivots", "rest"), epilogues
                 ):
@@ -197,19 +198,28 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         pointers = {"a": x if first else None, "w": x, "y": x}
         strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
         return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
+    index, bias = ("*i32", x) if case.ordered else (None, None)
     if case.kernel.startswith("siblings"):
-        one_token, few = case.kernel.endswith("decode1"), not case.kernel.endswith("prefill")
-        middle = "*fp32" if few else x
-        pointers = {"a": x if first else middle, "w0": x, "w1": x, "w2": x, "y": middle if first else x}
-        strides = {"M": 1 if one_token else "i32", "stride_a": "i32", "stride_y": "i32"}
         sizes = {
             f"{axis}{i}": size // (1 if i == 0 else 4 if axis == "N" or not first else 1)
             for axis, size in (("N", rows), ("K", terms))
             for i in range(3)
         }
-        places = {"A": 0, "Y": 0, "SHARED": first}
-        return siblings_kernel, {**pointers, **strides, **sizes, **places, "GROUP": GROUP_M, **common}
-    index, bias = ("*i32", x) if case.ordered else (None, None)
+        if case.kernel.endswith("prefill"):
+            pointers = {"a": x, "w0": x, "w1": x, "w2": x, "y": x}
+            strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
+            places = {"A": 0, "Y": 0, "SHARED": first}
+            return siblings_kernel, {**pointers, **strides, **sizes, **places, "GROUP": GROUP_M, **common}
+        order = "*i64" if first and case.ordered else None
+        of_each = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x}
+        of_each |= {"order": order, "scatter": index, "bias": None if first else bias}
+        pointers = {f"{name}{i}": kind for name, kind in of_each.items() for i in range(3)}
+        if first:
+            pointers |= {"a1": None, "a2": None}  # one x for all
+        strides = {"M": 1 if case.kernel.endswith("decode1") else "i32", "stride_a": "i32"}
+        sizes |= {"OUT0": OUT, "OUT1": OUT // 4, "OUT2": OUT // 4, "PIVOTS": first}
+        sizes["ASIDES"] = 0 if first and not case.ordered else 4
+        return siblings_decode_kernel, {**pointers, **strides, **sizes, **common}
     pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
     pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
     pointers |= {"pivots": None if first else "*fp32"}

@@ -33,17 +33,17 @@ ASIDE = tl.constexpr(1024)
 
 @triton.jit
 def invert(order, inverse, pid, programs, OUT: tl.constexpr, BLOCK: tl.constexpr):
-    """inverse[order[j]] = j, this program's share of j."""
+    """inverse[order[j]] = j, this program's share of j; an order that is None changes nothing."""
     for start in range(pid * BLOCK, OUT, programs * BLOCK):
         j = start + tl.arange(0, BLOCK)
-        stored = tl.load(order + j, mask=j < OUT, other=0)
+        stored = j if order is None else tl.load(order + j, mask=j < OUT, other=0)
         tl.store(inverse + stored, j, mask=j < OUT)
 
 
 @triton.jit
-def store_rows(values, y, m, n, in_m, in_n, stride_y, FIRST: tl.constexpr, scatter, bias):
-    """y[m, column(FIRST + n)] = values [m, n] + bias, where column(i) is scatter[i], or i without a scatter."""
-    column = FIRST + n
+def store_rows(values, y, m, n, in_m, in_n, stride_y, first, scatter, bias):
+    """y[m, column(first + n)] = values [m, n] + bias, where column(i) is scatter[i], or i without a scatter."""
+    column = first + n
     if scatter is not None:
         column = tl.load(scatter + column, mask=in_n, other=0)
     if bias is not None:

@@ -1,6 +1,8 @@
-"""Products of siblings, linears in PIFA form on one input, in one launch; and the operator made of two of these.
+"""Products of siblings, linears in PIFA form on one input, in one launch; and the operator for all of their work.
 
-    x [tokens, in] --- w_pivot of each ---> z [tokens, all ranks] --- coeff of each ---> rest [tokens, all others]
+    tokens <= 16   `linear_triton_siblings_decode`: rows in order as it stores them
+    tokens > 16    x [tokens, in] --- w_pivot of each ---> z [tokens, all ranks]
+                   z --- coeff of each ---> rest [tokens, all others], then orders and biases as operations of ATen
 
 Programs are shared out over the tiles of one sibling after the other, so that ranks and shapes may differ, and weights
 may lie anywhere. Within a tile the code is that of one linear: for 1 to 16 tokens as in `linear_triton_decode`, but
@@ -10,7 +12,7 @@ z and the rest stay two buffers, in stored order: Inductor reads both where it u
 Not timed on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,14 +23,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton import knobs
 
-from .linear_siblings_gemm import check_siblings, shapes_of_siblings
+from .linear_siblings_gemm import check_siblings
 from .linear_triton_decode import MAX_TOKENS, product
 from .linear_triton_operator import MAX_STRIDE, precision_of_float32, tunes
 from .linear_triton_prefill import GROUP_M, store_tile
+from .linear_triton_siblings_decode import AT_ONCE, decode_siblings
 from .linear_triton_tiles import fixed_siblings_tile, siblings_tiles, tokens_bucket
-
-AT_ONCE = 3
-"""Siblings of one launch: query, key and value. More take several."""
 
 
 @triton.jit
@@ -131,44 +131,102 @@ def _programs(tokens: int, rows: Sequence[int], meta: dict[str, int]) -> int:
     return programs
 
 
-def launch(x: Tensor, w_pivots: Sequence[Tensor], coeffs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Both products of `pifa::linear` for several weights on one x, by our kernels (arXiv 2501.19090, section 3).
+def launch(
+    x: Tensor,
+    w_pivots: Sequence[Tensor],
+    coeffs: Sequence[Tensor],
+    orders: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`pifa::linear` for several weights on one x, by our kernels (arXiv 2501.19090, section 3).
 
     Args:
         x: [..., in], float16, bfloat16 or float32.
         w_pivots: [r_i, in], dtype of `x`, r_i > 0.
         coeffs: [out_i - r_i, r_i], dtype of `x`.
+        orders: gather indices, [out_i], int64, permutations; None where stored order is output order.
+        biases: [out_i], dtype of `x`, or None.
 
     Returns:
-        All y_p side by side, [..., sum of r_i], and all y_n, [..., sum of out_i - r_i], dtype of `x`.
+        [..., out_i] of each, dtype of `x`, contiguous.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    check_siblings("linear_siblings_triton", x, w_pivots, coeffs)
-    ranks, others = sum(w.shape[0] for w in w_pivots), sum(c.shape[0] for c in coeffs)
+    _check(x, w_pivots, coeffs, orders, biases)
+    outs = [w.shape[0] + c.shape[0] for w, c in zip(w_pivots, coeffs, strict=True)]
     rows = x.reshape(-1, x.shape[-1])
-    tokens = rows.shape[0]
-    # Few tokens: the pivots stay float32 between the products, as in `decode`.
-    z = torch.empty(tokens, ranks, dtype=torch.float32 if tokens <= MAX_TOKENS else x.dtype, device=x.device)
-    rest = x.new_empty(tokens, others)
-    if tokens:
-        if rows.stride(1) != 1 or rows.stride(0) >= MAX_STRIDE:
-            rows = rows.contiguous()
-        options: dict[str, Any] = {"precision": precision_of_float32(), "tune": tunes()}
-        multiply_siblings(rows, [w.contiguous() for w in w_pivots], z, shared=True, **options)
-        if others:
-            multiply_siblings(z, [c.contiguous() for c in coeffs], rest, shared=False, **options)
-    return z.to(x.dtype).view(*x.shape[:-1], ranks), rest.view(*x.shape[:-1], others)
+    if rows.shape[0] == 0:
+        return [x.new_empty(*x.shape[:-1], out) for out in outs]
+    if rows.stride(1) != 1 or rows.stride(0) >= MAX_STRIDE:
+        rows = rows.contiguous()
+    w_pivots, coeffs = [w.contiguous() for w in w_pivots], [c.contiguous() for c in coeffs]
+    options: dict[str, Any] = {"precision": precision_of_float32(), "tune": tunes()}
+    if rows.shape[0] <= MAX_TOKENS:
+        ordered = [None if order is None else order.contiguous() for order in orders]
+        together = all(bias is not None for bias in biases)
+        inside = [None if bias is None or not together else bias.contiguous() for bias in biases]
+        found = decode_siblings(rows, w_pivots, coeffs, ordered, inside, **options)
+        behind = [None if together else bias for bias in biases]
+    else:
+        found = [
+            y if order is None else y.index_select(1, order)
+            for y, order in zip(_in_stored_order(rows, w_pivots, coeffs, options), orders, strict=True)
+        ]
+        behind = list(biases)
+    results = [y if bias is None else y + bias for y, bias in zip(found, behind, strict=True)]
+    return [y.view(*x.shape[:-1], out) for y, out in zip(results, outs, strict=True)]
+
+
+def _in_stored_order(
+    x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], options: dict[str, Any]
+) -> Iterator[Tensor]:
+    ranks, others = ([weight.shape[0] for weight in weights] for weights in (w_pivots, coeffs))
+    z, rest = x.new_empty(x.shape[0], sum(ranks)), x.new_empty(x.shape[0], sum(others))
+    multiply_siblings(x, w_pivots, z, shared=True, **options)
+    if sum(others):
+        multiply_siblings(z, coeffs, rest, shared=False, **options)
+    return (torch.cat(parts, 1) for parts in zip(z.split(ranks, 1), rest.split(others, 1), strict=True))
+
+
+def _check(
+    x: Tensor,
+    w_pivots: Sequence[Tensor],
+    coeffs: Sequence[Tensor],
+    orders: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> None:
+    name = "linear_siblings_triton"
+    check_siblings(name, x, w_pivots, coeffs)
+    outs = [(w.shape[0] + c.shape[0],) for w, c in zip(w_pivots, coeffs, strict=True)]
+    for what, values, dtype in (("orders", orders, torch.int64), ("biases", biases, x.dtype)):
+        got = [None if value is None else (tuple(value.shape), value.dtype) for value in values]
+        if len(got) != len(outs) or any(g not in (None, (out, dtype)) for g, out in zip(got, outs, strict=True)):
+            raise ValueError(f"{name} takes {what} of {dtype}, [out] or None of each sibling, out {outs}, got {got}")
 
 
 # Annotations that torch reads a schema from have to be lists.
-def _launch(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return launch(x, w_pivots, coeffs)
+def _launch(
+    x: Tensor,
+    w_pivots: list[Tensor],
+    coeffs: list[Tensor],
+    orders: list[Tensor | None],
+    biases: list[Tensor | None],
+) -> list[Tensor]:
+    return launch(x, w_pivots, coeffs, orders, biases)
+
+
+def _shapes(
+    x: Tensor,
+    w_pivots: list[Tensor],
+    coeffs: list[Tensor],
+    orders: list[Tensor | None],
+    biases: list[Tensor | None],
+) -> list[Tensor]:
+    _check(x, w_pivots, coeffs, orders, biases)
+    return [x.new_empty(*x.shape[:-1], w.shape[0] + c.shape[0]) for w, c in zip(w_pivots, coeffs, strict=True)]
 
 
 _define = torch.library.custom_op if knobs.runtime.interpret else torch.library.triton_op
 linear_siblings_triton: Any = _define("pifa::linear_siblings_triton", _launch, mutates_args=())
-linear_siblings_triton.register_fake(
-    lambda x, w_pivots, coeffs: shapes_of_siblings("linear_siblings_triton", x, w_pivots, coeffs)
-)
+linear_siblings_triton.register_fake(_shapes)

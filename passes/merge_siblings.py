@@ -10,7 +10,7 @@
         ->  y = pifa::linear_siblings_batched(x, [w1, w2], [c1, c2]); y[..., 0, :], y[..., 1, :]
 
     pifa::linear_triton(x, w1, c1, o1, b1), pifa::linear_triton(x, w2, c2, o2, b2)
-        ->  z, n = pifa::linear_siblings_triton(x, [w1, w2], [c1, c2]); cat(z_1, n_1)[o1] + b1, ...
+        ->  y = pifa::linear_siblings_triton(x, [w1, w2], [c1, c2], [o1, o2], [b1, b2]); y[0], y[1]
 
 It works on what `Lower` leaves. On CPUs, for one or a few tokens, the call itself is a good part of a small layer's
 time, and all threads stream the pivot rows together, then the coefficients. On GPUs two launches take the place of two
@@ -90,24 +90,20 @@ class MergeSiblings(Rewrite):
         operands = [[self._at_hand(gm, arg) for arg in sibling.args[1:]] for sibling in found.siblings]
         w_pivots, coeffs, *others = (list(column) for column in zip(*operands, strict=True))
         x = node.args[0]
-        if node.target == pifa.linear_cpu.default:
-            joint = gm.graph.call_function(pifa.linear_siblings_cpu.default, (x, w_pivots, coeffs, *others))
-            results = [gm.graph.call_function(operator.getitem, (joint, i)) for i in range(len(found.siblings))]
-        else:
-            if node.target == pifa.linear_gemm.default:
-                lay_side_by_side(found.w_pivots)
-                lay_side_by_side(found.coeffs)
-                products = pifa.linear_siblings_batched if found.batched else pifa.linear_siblings_gemm
-                joint = gm.graph.call_function(products.default, (x, w_pivots, coeffs))
-            else:
-                from ..kernels import linear_triton_siblings as _defines_triton  # noqa: F401  imports triton
-
-                joint = gm.graph.call_function(pifa.linear_siblings_triton.default, (x, w_pivots, coeffs))
+        numbers = range(len(found.siblings))
+        if node.target == pifa.linear_gemm.default:
+            lay_side_by_side(found.w_pivots)
+            lay_side_by_side(found.coeffs)
+            products = pifa.linear_siblings_batched if found.batched else pifa.linear_siblings_gemm
+            joint = gm.graph.call_function(products.default, (x, w_pivots, coeffs))
             if found.batched:
-                results = [gm.graph.call_function(aten.select.int, (joint, -2, i)) for i in range(len(found.siblings))]
+                results = [gm.graph.call_function(aten.select.int, (joint, -2, i)) for i in numbers]
             else:
-                results = _taken_apart(gm, joint, found, *others)
-            results[0]._rename(str(joint.target).split(".")[1])  # records name what stands there by its form
+                results = _taken_apart(gm, joint, found)
+        else:
+            joint = gm.graph.call_function(_whole_of(node), (x, w_pivots, coeffs, *others))
+            results = [gm.graph.call_function(operator.getitem, (joint, i)) for i in numbers]
+        results[0]._rename(str(joint.target).split(".")[1])  # records name what stands there by its form
         for sibling, result in zip(found.siblings[1:], results[1:], strict=True):
             result.meta = dict(sibling.meta)
             sibling.replace_all_uses_with(result)
@@ -132,9 +128,16 @@ def _has_many_tokens(gm: GraphModule, x: Node) -> bool:
     return numbers is not None and numbers > GROUPED_TOKENS
 
 
-def _taken_apart(
-    gm: GraphModule, joint: Node, found: _Found, orders: list[Node | None] | None = None, biases: Any = None
-) -> list[Node]:
+def _whole_of(node: Node) -> Any:
+    """The operator that does all that siblings such as `node` do, orders and biases too."""
+    if node.target == pifa.linear_cpu.default:
+        return pifa.linear_siblings_cpu.default
+    from ..kernels import linear_triton_siblings as _defines_triton  # noqa: F401  imports triton
+
+    return pifa.linear_siblings_triton.default
+
+
+def _taken_apart(gm: GraphModule, joint: Node, found: _Found) -> list[Node]:
     """What each sibling gives, from all y_p side by side and all y_n side by side."""
 
     def call(target: Any, *args: Any) -> Node:
@@ -142,14 +145,9 @@ def _taken_apart(
 
     z, rest = (call(operator.getitem, joint, part) for part in (0, 1))
     results, from_z, from_rest = [], 0, 0
-    for i, (w_pivot, coeff) in enumerate(zip(found.w_pivots, found.coeffs, strict=True)):
+    for w_pivot, coeff in zip(found.w_pivots, found.coeffs, strict=True):
         end_z, end_rest = from_z + w_pivot.shape[0], from_rest + coeff.shape[0]
         parts = [call(aten.slice.Tensor, z, -1, from_z, end_z), call(aten.slice.Tensor, rest, -1, from_rest, end_rest)]
-        y = call(aten.cat.default, parts, -1)
-        if orders is not None and orders[i] is not None:
-            y = call(aten.index_select.default, y, -1, orders[i])
-        if biases is not None and biases[i] is not None:
-            y = call(aten.add.Tensor, y, biases[i])
-        results.append(y)
+        results.append(call(aten.cat.default, parts, -1))
         from_z, from_rest = end_z, end_rest
     return results

@@ -9,6 +9,7 @@ from pifa_compiler.passes import Lower, MergeSiblings, Skip, run_passes
 from pifa_compiler.passes.lower import FORMS
 from tiny_models import tiny_llama
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.profiler import profile
 from torch.testing import assert_close
@@ -173,6 +174,31 @@ def test_decoding_on_gpus_takes_the_kernel_for_siblings(by: str, order: bool, bi
     assert op_counts(gm)[pifa.linear_triton.default] == 1  # o alone
     assert all(as_one(weights) is None for weights in weights_of(model))  # weights may lie anywhere
     assert_close(call(gm, x), model(x), rtol=1e-4, atol=1e-4)
+
+
+GATHERS = (aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.cat.default)
+
+
+@pytest.mark.parametrize("heads_of_keys", [4, 2], ids=["llama", "grouped-query"])
+@pytest.mark.parametrize(("tokens", "tune"), [(1, False), (1, True), (16, True)])
+def test_no_gather_is_left_before_attention_where_our_kernels_decode(heads_of_keys: int, tokens: int, tune: bool):
+    class Projected(nn.Module):
+        """Of a block of Llama, what attention gets before it is turned by its place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = pifa_llama(heads_of_keys).model.layers[0].self_attn
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            layers = self.attention.q_proj, self.attention.k_proj, self.attention.v_proj
+            return tuple(each(x).unflatten(-1, (-1, 8)).transpose(-2, -3) for each in layers)
+
+    gm = CAPTURES["dynamo"](Projected(), (torch.randn(1, tokens, 32),))
+    with inductor.patch(max_autotune=tune):
+        *_, record = run_passes(gm, [Lower(forms=ON_GPUS), MergeSiblings()])
+    assert record.outcome == "linear_siblings_triton"
+    counts = op_counts(gm)
+    assert {target: counts[target] for target in GATHERS if target in counts} == {}
 
 
 def test_gemms_stay_apart_where_weights_cannot_be_moved():
