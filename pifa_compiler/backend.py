@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ConfigError, PassError
-from .linear import PifaLinear
+from .linear import WithRowOrder
 from .passes import (
     DEFAULT_PASSES,
     FOR_DEVICE,
@@ -133,7 +133,7 @@ def refresh(model: nn.Module) -> None:
 
     `weight.copy_(...)`, `weight.data = ...` and optimizers leave a trace, and need no refresh. In-place writes through
     `weight.data`, `weight.numpy()`, its storage or DLPack leave none, and compiled code does not see that
-    `PifaLinear.pivots` were written to, in whatever way. The row order of every `PifaLinear` is derived again, and code
+    `PifaLinear.pivots` were written to, in whatever way. The row order of every PIFA layer is derived again, and code
     that the backend "pifa" compiled for weights of the model is compiled again when it is called. Programs of
     `torch.export` have copies, and so has code with Inductor's option "freezing": make these again.
 
@@ -143,7 +143,7 @@ def refresh(model: nn.Module) -> None:
     from torch._dynamo.convert_frame import compile_lock
 
     for module in model.modules():
-        if isinstance(module, PifaLinear):
+        if isinstance(module, WithRowOrder):
             module.restore_order()
     addresses = {tensor._cdata for tensor in (*model.parameters(), *model.buffers())}
     with compile_lock:
