@@ -203,6 +203,7 @@ def _fingerprint(
         "data": hash_of([(call.args, call.kwargs) for call in calls]),
         "held-out data": hash_of([(call.args, call.kwargs) for call in held_out]),
         "device": device.type,
+        "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("pifa-compiler", "torch")},
     }
 
