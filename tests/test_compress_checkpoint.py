@@ -133,6 +133,8 @@ def test_the_result_is_that_of_compress_bit_by_bit(make, shards, tmp_path):
         {"gradients": False, "allocator": "uniform", "rank_multiple": 4},
         {"ranks": {"*.down_proj": 5, "*.q_proj": 3}, "skip": ("*.v_proj", "*.layers.1.*")},
         {"density": 1.0, "ranks": {"*.o_proj": 4}},
+        {"refine": 4},
+        {"refine": 4, "method": "svd-llm"},
     ],
     ids=str,
 )
@@ -304,6 +306,17 @@ def test_a_run_killed_again_and_again_at_durable_writes_ends_as_one_that_was_not
     assert until_done(source, output, Stop(RENAMES, 8)) > 1
     assert content(output) == uninterrupted
     assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_a_run_that_refines_goes_on_with_whole_blocks(source, tmp_path):
+    config = replace(CONFIG, refine=4)
+    streamed(source, tmp_path / "whole", config)
+    wanted, output = content(tmp_path / "whole"), tmp_path / "out"
+    # Before groups a description, seven linears and two borders are written, by the first run only; a block has two.
+    for at in (11, 3):
+        assert run(source, output, config=config, stop=Stop(RENAMES, at)) == (-signal.SIGKILL, "")
+    assert run(source, output, config=config) == (0, "")
+    assert content(output) == wanted
 
 
 @pytest.mark.slow

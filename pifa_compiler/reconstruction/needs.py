@@ -13,8 +13,9 @@ from ..graph.run import Block, weights_of
 from ..memory import format_bytes, resident_bytes
 from .config import CompressConfig
 from .methods import METHODS
+from .refinement import passes_of
 from .selection import FoundLinear
-from .sweep import groups
+from .sweep import ResidualBlock, groups, plan
 
 _SOLVE_COPIES = 4
 """Matrices of the size of a linear's larger Gram matrix in float64 that its solution holds at once; measured, 3.2."""
@@ -27,6 +28,9 @@ _WIDER = 4
 
 _OF_SUMS = 8
 """Bytes of an entry of a sum."""
+
+_OF_TRAINED = 24
+"""Bytes of a number that is trained: its value, gradient, two moments, best state, and what an update makes."""
 
 SHARES = (8, 16, 32, 64)
 """The weights of a block take at most this part of the memory: the first, or the next where more does not fit."""
@@ -106,10 +110,14 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     widest = max(max(shape) for shape in shapes)
     element = next(iter(sizes.values())).element_size()
     kept = int(numbers * config.density * element)
-    passes, squares = 2, sum(found[group.members[0]].shape[1] ** 2 for group in groups(captured.graph.graph, linears))
+    passes, squares = 2.0, sum(found[group.members[0]].shape[1] ** 2 for group in groups(captured.graph.graph, linears))
     if gradients:
         kept += sum(4 * d_out**2 for d_out, _ in shapes) + 2 * border
-        passes, squares = 7, squares + sum(d_out**2 for d_out, _ in shapes)
+        passes, squares = 7.0, squares + sum(d_out**2 for d_out, _ in shapes)
+    if config.refine:
+        ends = [segment.block for segment in plan(captured.graph.graph, linears, blocks=True)]
+        trained = [_trained_bytes(block, sizes, found) for block in ends if block is not None]
+        largest, passes = max(largest, *trained, 0), passes + passes_of(config.refine)
     return Needs(
         process=resident_bytes(),
         block=largest,
@@ -151,6 +159,12 @@ def _block_bytes(
     if gradients:
         sums += sum(_OF_SUMS * found[node].shape[0] ** 2 for node in own)
     return weights + made + sums
+
+
+def _trained_bytes(block: ResidualBlock, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear]) -> int:
+    """Of a residual block while it is refined: what `_block_bytes` counts of a block, and what is trained."""
+    made = _block_bytes(Block(block.nodes, (), {}), sizes, found, gradients=True)
+    return made + _OF_TRAINED * sum(d_out * d_in for d_out, d_in in (found[node].shape for node in block.linears))
 
 
 def _rows(node: Node) -> int:

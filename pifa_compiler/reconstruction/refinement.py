@@ -48,6 +48,11 @@ _RATE, _WARMUP, _CLIP = 1e-4, 0.1, 1.0
 """The highest learning rate, the share of steps until then, and the largest norm of a gradient."""
 
 
+def passes_of(steps: int) -> float:
+    """How often so many steps compute a block on all batches, about; there and back counts three times."""
+    return 3 * steps / _STEPS_A_PASS + (_EVALUATIONS + 1) / _HELD_OUT
+
+
 @dataclass(frozen=True)
 class Trained:
     """What became of the factors of a block.
