@@ -121,10 +121,13 @@ class PifaExperts(nn.Module):
 
     Attributes:
         experts_class: whose place it takes; its gate is what gates.
+        pifa: the layers in PIFA form, by projection. They are children of this, and not of the module itself, since
+            transformers converts tensors called `experts.down_proj` and the like when it saves and loads.
     """
 
     experts_class: type[Any]
     num_experts: int
+    pifa: nn.ModuleDict
 
     @classmethod
     def of(cls, experts: nn.Module, layers: Mapping[str, nn.Module]) -> "PifaExperts":
@@ -158,8 +161,9 @@ class PifaExperts(nn.Module):
         for name, parameter in experts.named_parameters(recurse=False):
             if name not in gone:
                 self.register_parameter(name, parameter)
-        for name, child in (*experts.named_children(), *layers.items()):
+        for name, child in experts.named_children():
             self.add_module(name, child)
+        self.pifa = nn.ModuleDict(layers)
         return self.train(experts.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -189,20 +193,20 @@ class PifaExperts(nn.Module):
         hidden: Tensor
         if not self.has_gate:
             hidden = self.act_fn(self._project("up_proj", x, ends))
-        elif hasattr(self, "gate_proj"):
-            hidden = self.act_fn(self.gate_proj(x, ends)) * self.up_proj(x, ends)
+        elif "gate_proj" in self.pifa:
+            hidden = self.act_fn(self._project("gate_proj", x, ends)) * self._project("up_proj", x, ends)
         else:
             hidden = self.experts_class._apply_gate(self, self._project("gate_up_proj", x, ends))
         return hidden
 
     def _project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        held = getattr(self, name)
-        if isinstance(held, nn.Module):
-            projected: Tensor = held(x, ends)
+        if name in self.pifa:
+            projected: Tensor = self.pifa[name](x, ends)
             return projected
-        weight = held.mT if self.is_transposed else held
+        weight = self.get_parameter(name)
+        weight = weight.mT if self.is_transposed else weight
         y = grouped_mm(x.to(weight.dtype), weight, ends)  # under autocast x may be of another dtype
-        return add_bias(y, getattr(self, f"{name}_bias"), ends) if self.has_bias else y
+        return add_bias(y, self.get_parameter(f"{name}_bias"), ends) if self.has_bias else y
 
     def extra_repr(self) -> str:
         """Whose place it takes, and what stayed dense."""

@@ -86,8 +86,8 @@ def test_gradients_are_those_of_the_dense_experts():
         module(x, given[1], weights).square().sum().backward()
         found.append((x.grad, weights.grad, experts.down_proj.grad))
     torch.testing.assert_close(*found)
-    assert pifa.gate_up_proj.w_pivot.grad is not None
-    assert pifa.gate_up_proj.bias.grad is not None
+    assert pifa.pifa.gate_up_proj.w_pivot.grad is not None
+    assert pifa.pifa.gate_up_proj.bias.grad is not None
 
 
 def test_dense_projections_stay_the_same_parameter_under_their_name():
@@ -97,7 +97,7 @@ def test_dense_projections_stay_the_same_parameter_under_their_name():
     assert set(pifa.state_dict()) == {
         "down_proj",
         "down_proj_bias",
-        *(f"gate_up_proj.{part}" for part in ("w_pivot", "coeff", "pivots", "bias")),
+        *(f"pifa.gate_up_proj.{part}" for part in ("w_pivot", "coeff", "pivots", "bias")),
     }
     assert str(pifa).startswith("PifaExperts(\n  of GptOssExperts, num_experts=4, dense={'down_proj'")
 
@@ -132,7 +132,7 @@ def test_compiled_and_exported_it_is_one_graph_that_computes_the_same():
     given = routed(dtype=torch.float32)
     tokens = torch.export.Dim("tokens", min=2, max=64)
     program = torch.export.export(pifa, given, dynamic_shapes=({0: tokens},) * 3, strict=False)
-    names = [str(node.target) for node in program.graph.nodes if "pifa" in str(node.target)]
+    names = [str(node.target) for node in program.graph.nodes if "pifa." in str(node.target)]
     assert names == ["pifa.grouped_linear.default", "pifa.grouped_mm.default"]
     compiled = torch.compile(pifa, backend="pifa", fullgraph=True)
     for more in (given, routed(21, torch.float32)):

@@ -3,7 +3,7 @@
 The folder is what transformers writes, plus:
 
     config.json          `quantization_config` says method, densities, ranks and versions (see `quantizer.describe`)
-    model.safetensors    each `PifaLinear` as `w_pivot`, `coeff`, `pivots` and, if there is one, `bias`
+    model.safetensors    each layer in PIFA form as `w_pivot`, `coeff`, `pivots` and, if there is one, `bias`
     pifa_report.json     the report, if one was given
     pifa_checksums.json  a checksum for each tensor
     README.md            what it is, and how to load it
@@ -32,10 +32,10 @@ from ..drafts import delete_abandoned
 from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
 from ..files import atomic_folder, check_destination
-from ..linear import PifaLinear
+from ..linear import WithRowOrder
 from ..report import Report
 from .checksums import verify_checksums, write_checksums
-from .format import CONFIG, REPORT, check_folder, few_modules, is_pifa, loading_errors, refuse_plain_module
+from .format import CONFIG, REPORT, all_ranks, check_folder, few_modules, is_pifa, loading_errors, refuse_plain_module
 
 _IMPORT_FIRST = (
     "none: this is a PIFA model, `pip install pifa-compiler` and `import pifa_compiler` before from_pretrained"
@@ -53,7 +53,7 @@ def save_pretrained(
     """Writes a compressed Hugging Face model into a folder, wholly or not at all.
 
     Args:
-        model: a `PreTrainedModel` with `PifaLinear` layers.
+        model: a `PreTrainedModel` with layers in PIFA form.
         folder: where to; parents are made.
         tokenizer: a tokenizer or processor to put beside it.
         report: what `compress` returned; goes into the config and whole into pifa_report.json.
@@ -158,7 +158,7 @@ def load_pretrained(
 def describe_if_pretrained(model: Any, report: Report, exchange: Exchange) -> None:
     """Calls `describe` where there is something to describe: a Hugging Face model with layers in PIFA form."""
     pretrained = hasattr(model, "config") and hasattr(model, "save_pretrained")
-    if pretrained and any(isinstance(layer, PifaLinear) for layer in model.modules()):
+    if pretrained and any(isinstance(layer, WithRowOrder) for layer in model.modules()):
         from .quantizer import describe
 
         describe(model, report, exchange)
@@ -197,7 +197,7 @@ def _model_card(model: Any, settings: Mapping[str, Any]) -> str:
     name = type(model).__name__
     requested, reached = settings["density_requested"], settings["density"]
     facts = [
-        f"- layers in PIFA form: {len(settings['ranks'])}",
+        f"- layers in PIFA form: {len(all_ranks(settings))}",
         f"- made by: {settings['method'] or 'unknown'}",
         ("- density: unknown" if reached is None else f"- density: {reached:.4f}")
         + ("" if requested is None else f" (asked for: {requested})"),

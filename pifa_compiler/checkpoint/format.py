@@ -17,10 +17,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
 
-1 says which layers are in PIFA form; 2 says of which pairs of linears besides, and is written where there are some.
+1 says which layers are in PIFA form; 2 says of which pairs of linears besides, and 3 of which projections of experts;
+each is written where there is something that the one before does not know.
 """
 
 QUANT_METHOD = "pifa"
@@ -48,12 +49,19 @@ _MOST_MODULES = (1000, 16)
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's tensors have to look like: the dense weight is [out_features, in_features]."""
+    """What a layer's tensors have to look like: the dense weight is [out_features, in_features].
+
+    Attributes:
+        out_features, in_features, rank: the shape of the weight, or of every expert's.
+        bias: whether there is one.
+        experts: how many weights there are; None in a linear layer, which has one.
+    """
 
     out_features: int
     in_features: int
     rank: int
     bias: bool
+    experts: int | None = None
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -227,10 +235,11 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             f"{where}: format {found} is newer than this pifa-compiler, which reads up to {FORMAT_VERSION}; "
             "install a newer pifa-compiler"
         )
-    ranks = settings.get("ranks")
-    if not isinstance(ranks, dict) or not ranks:
+    ranks, experts = settings.get("ranks"), settings.get("experts")
+    if not isinstance(ranks, dict) or not (ranks or experts):
         raise CheckpointError(f"{where}: wanted `ranks`, a table of layer names, got {ranks!r:.80}; it is damaged")
-    for name, rank in ranks.items():
+    _check_experts(experts, found, where)
+    for name, rank in all_ranks(settings).items():
         if not _is_count(rank):
             raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
     _check_pairs(settings.get("pairs"), ranks, found, where)
@@ -240,6 +249,31 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for key in ("density", "density_requested"):
         if not isinstance(settings.get(key), int | float | None):
             raise CheckpointError(f"{where}: wanted a number as `{key}`, got {settings[key]!r:.80}; it is damaged")
+
+
+def all_ranks(settings: Mapping[str, Any]) -> dict[str, int]:
+    """The ranks of all layers in PIFA form, those of experts too, by their names in the model that was saved."""
+    experts = settings.get("experts") or {}
+    return {
+        **settings["ranks"],
+        **{layer_of_experts(place, name): rank for place, held in experts.items() for name, rank in held.items()},
+    }
+
+
+def layer_of_experts(place: str, projection: str) -> str:
+    """The name of the layer in PIFA form for one projection of the experts at `place`; see `PifaExperts.pifa`."""
+    return f"{place}.pifa.{projection}"
+
+
+def _check_experts(experts: object, format_version: int, where: str) -> None:
+    if experts is None:
+        return
+    fits = format_version >= 3 and isinstance(experts, dict)
+    if not fits or not all(isinstance(held, dict) and held for held in experts.values()):
+        raise CheckpointError(
+            f"{where}: wanted `experts`, a table of tables of ranks, of format 3 or newer, got {experts!r:.80}; "
+            "it is damaged"
+        )
 
 
 def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:
@@ -308,7 +342,7 @@ def check_tensors(
             for key in tensors.keys():  # noqa: SIM118
                 name, _, part = key.rpartition(".")
                 if part == "pivots":
-                    rank, others = headers[f"{name}.w_pivot"][0], headers[f"{name}.coeff"][0]
+                    rank, others = headers[f"{name}.w_pivot"][-2], headers[f"{name}.coeff"][-2]
                     check_pivots(tensors.get_tensor(key), rank, rank + others, name)
 
 
@@ -325,15 +359,17 @@ def _check_size(model: nn.Module, stored: int) -> None:
 def check_pivots(pivots: Tensor, rank: int, out_features: int, name: str) -> None:
     """Refuses pivots that are not `rank` different rows of 0..out_features - 1 in ascending order.
 
+    Those of experts have a dimension more.
+
     Raises:
         CheckpointError: naming the layer.
     """
     wanted = f"{name}.pivots: wanted {rank} ascending row numbers in 0..{out_features - 1} as int32"
-    if pivots.dtype != torch.int32 or pivots.shape != (rank,):
+    if pivots.dtype != torch.int32 or pivots.shape[-1] != rank:
         raise CheckpointError(f"{wanted}, got {pivots.dtype} {list(pivots.shape)}; the file is damaged")
     if int(pivots.min()) < 0 or int(pivots.max()) >= out_features:
         raise CheckpointError(f"{wanted}, got {int(pivots.min())}..{int(pivots.max())}; the file is damaged")
-    if not bool((pivots[1:] > pivots[:-1]).all()):
+    if not bool((pivots[..., 1:] > pivots[..., :-1]).all()):
         raise CheckpointError(f"{wanted}, got unsorted or repeated ones; the file is damaged")
 
 
@@ -359,14 +395,16 @@ def _check_layer(name: str, headers: Mapping[str, list[int]], wanted: LayerShape
     w_pivot, coeff, pivots = (headers[f"{name}.{part}"] for part in _PARTS)
     if wanted is not None:
         rank, d_out, d_in = wanted.rank, wanted.out_features, wanted.in_features
-    elif len(w_pivot) == len(coeff) == 2:
-        rank, d_out, d_in = w_pivot[0], w_pivot[0] + coeff[0], w_pivot[1]
+        experts = [] if wanted.experts is None else [wanted.experts]
+    elif len(w_pivot) == len(coeff) in (2, 3):
+        rank, d_out, d_in = w_pivot[-2], w_pivot[-2] + coeff[-2], w_pivot[-1]
+        experts = w_pivot[:-2]
     else:
         raise CheckpointError(f"{name}: w_pivot {w_pivot} and coeff {coeff} are no matrices; the file is damaged")
     for part, found, right in (
-        ("w_pivot", w_pivot, [rank, d_in]),
-        ("coeff", coeff, [d_out - rank, rank]),
-        ("pivots", pivots, [rank]),
+        ("w_pivot", w_pivot, [*experts, rank, d_in]),
+        ("coeff", coeff, [*experts, d_out - rank, rank]),
+        ("pivots", pivots, [*experts, rank]),
     ):
         if found != right:
             raise CheckpointError(

@@ -1,5 +1,6 @@
 """What a saved PIFA model is made of: shapes and ranks from its tensors, the rest from the report saved with it."""
 
+import math
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -12,30 +13,30 @@ from ..drafts import delete_abandoned
 from ..errors import CheckpointError
 from ..factors import rounding_error, stored_numbers
 from .checksums import verify_checksums
-from .format import FLOATING, open_tensors, read_report, read_settings, weight_files
+from .format import FLOATING, all_ranks, open_tensors, read_report, read_settings, weight_files
 
 Kind = TypeVar("Kind", int, float, str, list[Any])
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear; of those left dense only what the report says is known.
+    """One linear, or one projection of all experts; of those left dense only what the report says is known.
 
     Attributes:
         name: its place in the model.
-        shape: (out, in) of its weight.
+        shape: (out, in) of its weight, (experts, out, in) of experts.
         rank: of its PIFA form; None if it is dense.
         stored_before, stored_after: numbers stored, pivot indices included, biases not.
-        max_coeff: largest |coefficient|; rounding errors of the pivot rows grow by about this much.
+        max_coeff: largest |coefficient|, of all experts; rounding errors of the pivot rows grow by about this much.
         bf16_error: relative Frobenius error of its dense weight once its factors are rounded to bfloat16, estimated
-            (`factors.rounding_error`); 0 if they are stored so, None if it is dense.
+            (of experts the worst; `factors.rounding_error`); 0 if they are stored so, None if it is dense.
         error: relative output error on the calibration inputs; None where unknown.
         skipped: why it is dense; None if it is in PIFA form.
         notes: what was out of the ordinary.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int | None
     stored_before: int
     stored_after: int
@@ -105,7 +106,7 @@ def inspect(folder: str | os.PathLike[str], *, verify: bool = False) -> Inspecti
     if verify:
         verify_checksums(Path(folder))
     report = read_report(folder) or {}
-    measured = _measure_layers(Path(folder), settings["ranks"])
+    measured = _measure_layers(Path(folder), all_ranks(settings))
     try:
         rows = {row["name"]: row for row in report.get("layers", [])}
         layers = [_merge(row, measured.get(name)) for name, row in rows.items()]
@@ -137,23 +138,34 @@ def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
         for name, parts in whole.items():
             w_pivot, coeff = (parts[part].get_tensor(f"{name}.{part}") for part in ("w_pivot", "coeff"))
             measured[name] = _measure(name, w_pivot, coeff)
-    return measured
+    own_names = dict(zip(sorted(measured.keys() - ranks), sorted(ranks.keys() - measured.keys()), strict=True))
+    named = [(own_names.get(name, name), layer) for name, layer in measured.items()]
+    return {name: replace(layer, name=name) for name, layer in ((_in_report(name), layer) for name, layer in named)}
+
+
+def _in_report(name: str) -> str:
+    """What the report calls a layer: a projection of experts is there under the name of its dense weight."""
+    place, _, projection = name.rpartition(".")
+    return f"{place.removesuffix('.pifa')}.{projection}" if place else name
 
 
 def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:
-    fits = w_pivot.ndim == coeff.ndim == 2 and w_pivot.shape[0] == coeff.shape[1] > 0 and w_pivot.shape[1] > 0
+    fits = w_pivot.ndim == coeff.ndim in (2, 3) and w_pivot.shape[:-2] == coeff.shape[:-2] and w_pivot.numel() > 0
+    fits = fits and w_pivot.shape[-2] == coeff.shape[-1]
     if not fits or not {w_pivot.dtype, coeff.dtype} <= set(FLOATING):
         found = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (w_pivot, coeff))
         raise CheckpointError(f"{name}: w_pivot and coeff, {found}, do not fit each other; the file is damaged")
-    rank, d_out, d_in = w_pivot.shape[0], w_pivot.shape[0] + coeff.shape[0], w_pivot.shape[1]
+    *experts, rank, d_in = w_pivot.shape
+    shape = (*experts, d_out := rank + coeff.shape[-2], d_in)
+    each = zip(w_pivot.view(-1, rank, d_in), coeff.view(-1, d_out - rank, rank), strict=True)
     return Layer(
         name,
-        (d_out, d_in),
+        shape,
         rank,
-        d_out * d_in,
-        stored_numbers(d_out, d_in, rank),
+        math.prod(shape),
+        math.prod(experts) * stored_numbers(d_out, d_in, rank),
         max_coeff=float(coeff.abs().max()) if coeff.numel() else 0.0,
-        bf16_error=rounding_error(w_pivot, coeff),
+        bf16_error=max(rounding_error(*factors) for factors in each),
     )
 
 
@@ -163,11 +175,10 @@ def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
     Raises:
         LookupError, TypeError, ValueError: the report says something odd.
     """
-    d_out, d_in = row["shape"]
     quality = row.get("quality") or {}
     told = Layer(
         _is_a(row["name"], str),
-        (_is_a(d_out, int), _is_a(d_in, int)),
+        _shape(row["shape"]),
         _optional(row["rank"], int),
         _is_a(row["stored_before"], int),
         _is_a(row["stored_after"], int),
@@ -179,6 +190,13 @@ def _merge(row: dict[str, Any], measured: Layer | None) -> Layer:
     if measured is None:
         return told
     return replace(measured, error=told.error, skipped=told.skipped, notes=told.notes)
+
+
+def _shape(sizes: list[Any]) -> tuple[int, ...]:
+    """(out, in) of a linear, (experts, out, in) of a projection of experts."""
+    if len(sizes) not in (2, 3):
+        raise ValueError(f"{sizes!r:.80} is no shape of a weight")
+    return tuple(_is_a(size, int) for size in sizes)
 
 
 def _is_a(value: Any, kind: type[Kind]) -> Kind:

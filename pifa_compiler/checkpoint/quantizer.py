@@ -22,16 +22,20 @@ from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
 from ..exchange.attention_layers import take_apart
 from ..exchange.pairs import chain_of, identity_behind, split_pairs
-from ..linear import PifaLinear
+from ..experts import PifaExperts, PifaGroupedLinear, expert_weights
+from ..linear import PifaLinear, WithRowOrder
+from ..modules import module_at
 from ..report import Report
 from .format import (
     FLOATING,
     FORMAT_VERSION,
     QUANT_METHOD,
     LayerShape,
+    all_ranks,
     check_pivots,
     check_settings,
     check_tensors,
+    layer_of_experts,
     refuse_other_quantization,
     refuse_pickles,
     refuse_plain_module,
@@ -53,6 +57,7 @@ class PifaConfig(QuantizationConfigMixin):
         format_version: of these settings and of the tensors' names and shapes.
         pairs: for a layer that is the product of two linears, in the place of the first, the name of the second, where
             an identity stands.
+        experts: name of each module of experts in PIFA form, and the ranks of those of its projections that are.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class PifaConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         pairs: dict[str, str] | None = None,
+        experts: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.quant_method: Any = quant_method  # transformers' own are an enumeration, others are plain strings
         self.format_version = format_version
@@ -75,6 +81,8 @@ class PifaConfig(QuantizationConfigMixin):
         self.versions = dict(versions or {})
         if pairs:  # a folder without any is of the first format, which does not know the word
             self.pairs = dict(pairs)
+        if experts:
+            self.experts = {name: dict(held) for name, held in experts.items()}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -84,7 +92,7 @@ class PifaConfig(QuantizationConfigMixin):
             CheckpointError: they are of a newer format, or are not what this format says.
         """
         check_settings(config_dict, "config.json")
-        known = ("ranks", "method", "density_requested", "density", "versions", "format_version", "pairs")
+        known = ("ranks", "method", "density_requested", "density", "versions", "format_version", "pairs", "experts")
         config = cls(**{key: config_dict[key] for key in known if key in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -125,21 +133,27 @@ class PifaHfQuantizer(HfQuantizer):
             for tied in [key for key in model.all_tied_weights_keys if key.startswith(gone)]:
                 del model.all_tied_weights_keys[tied]
         shapes = {saved_name: layer for saved_name, (_, (layer, _, _)) in placed.items()}
+        for saved_place, (place, layers) in place_experts(model, self.quantization_config).items():
+            experts = model.get_submodule(place)
+            empty = {name: _empty_experts_layer(layer, experts) for name, layer in layers.items()}
+            model.set_submodule(place, PifaExperts.of(experts, empty))
+            shapes |= {layer_of_experts(saved_place, name): layer for name, layer in layers.items()}
         if checkpoint_files:
-            check_tensors(checkpoint_files, self.quantization_config.ranks, shapes, model)
+            check_tensors(checkpoint_files, all_ranks(vars(self.quantization_config)), shapes, model)
         # The guard of `add_guard` is expected, whichever layer it stands at.
-        replaced = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, PifaLinear))
-        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)({replaced})\.weight$"}
+        replaced = "|".join(re.escape(name) for name in _guards(model))
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)({replaced})$"}
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _check_loaded(model)
         for name, module in model.named_modules():
-            if isinstance(module, PifaLinear):
+            if isinstance(module, WithRowOrder):
                 if module.pivots.is_meta:
                     raise CheckpointError(f"{name}: its pivots were left on disk; load without offload_buffers")
-                check_pivots(module.pivots, module.rank, module.out_features, name)
-                module.__class__ = PifaLinear
+                check_pivots(module.pivots, module.pivots.shape[-1], module.out_features, name)
+                if isinstance(module, _Unloaded):
+                    module.__class__ = PifaLinear
                 module.restore_order()
         # Factors are ordinary floating-point parameters: half(), float() and training need no special care.
         model.is_quantized = False
@@ -176,11 +190,11 @@ class PifaHfQuantizer(HfQuantizer):
 def describe(model: Any, report: Report | None = None, exchange: Exchange | None = None) -> dict[str, Any]:
     """Writes what a loader has to know into `model.config.quantization_config`, and returns it as plain values.
 
-    After it, `model.save_pretrained(folder)` gives a folder that loads, or refuses. Ranks, pairs and versions are taken
-    from the model and the installed packages; method and densities from `report`, or else as they were.
+    After it, `model.save_pretrained(folder)` gives a folder that loads, or refuses. Ranks, pairs, experts and versions
+    are taken from the model and the installed packages; method and densities from `report`, or else as they were.
 
     Args:
-        model: a `PreTrainedModel` with `PifaLinear` layers; it shares its config with models built from the same one.
+        model: a `PreTrainedModel` with layers in PIFA form; it shares its config with models built from the same one.
         report: what was done to it.
         exchange: a block in which the model is being changed: what is written here is undone with the rest.
 
@@ -190,7 +204,12 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
     refuse_plain_module(model)
     pairs = split_pairs(model)
     ranks = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, PifaLinear)}
-    if not ranks:
+    experts = {
+        name: {projection: layer.rank for projection, layer in module.pifa.items()}
+        for name, module in model.named_modules()
+        if isinstance(module, PifaExperts) and module.pifa
+    }
+    if not ranks and not experts:
         raise CheckpointError(
             "no layer of this model is in PIFA form: compress() it first, or call its own save_pretrained"
         )
@@ -206,8 +225,9 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
-        format_version=2 if pairs else 1,
+        format_version=3 if experts else 2 if pairs else 1,
         pairs=pairs,
+        experts=experts,
     )
     with Exchange() if exchange is None else nullcontext(exchange) as block:
         attach(model, config, block)
@@ -235,9 +255,23 @@ def _check_loaded(model: Any) -> None:
 
 
 def add_guard(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
-    """`state_dict` and one number named like a dense weight, so that a loader of dense layers finds a mismatch."""
-    name, layer = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, PifaLinear))
-    return {**state_dict, f"{name}.weight": torch.zeros(1, dtype=layer.w_pivot.dtype)}
+    """`state_dict` and a number or two named like a dense weight, so that a loader of dense layers finds a mismatch."""
+    name, shape = next(iter(_guards(model).items()))
+    return {**state_dict, name: torch.zeros(shape, dtype=model.dtype)}
+
+
+def _guards(model: Any) -> dict[str, tuple[int, ...]]:
+    """Names of dense weights that a model has no more, and a shape that none has; those of linear layers first."""
+    modules = list(model.named_modules())
+    guards: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (1,) for name, module in modules if isinstance(module, PifaLinear)
+    }
+    for place, module in modules:
+        if isinstance(module, PifaExperts):
+            gone = {"gate_up_proj" if name == "gate_proj" else name for name in module.pifa if name != "up_proj"}
+            # transformers takes weights of experts apart when it saves them, and puts them together when it loads them.
+            guards |= {f"{place}.{name}": (1, 2, 1) for name in gone or {"up_proj"}}
+    return guards
 
 
 def attach(model: Any, config: PifaConfig, exchange: Exchange) -> None:
@@ -274,13 +308,45 @@ def place_layers(model: Any, config: PifaConfig) -> dict[str, Placed]:
         linears = _linears_at(saved_name, model, name, second)
         d_in, d_out = _dense_shape(linears[0])[1], _dense_shape(linears[-1])[0]
         layer = LayerShape(d_out, d_in, rank, linears[-1].bias is not None)
-        most = min(layer.out_features, layer.in_features)
-        if not 1 <= rank <= most:
-            raise CheckpointError(
-                f"{saved_name}: the config says rank {rank}, wanted 1..{most} for a weight "
-                f"[{layer.out_features}, {layer.in_features}]; the folder does not fit its model"
-            )
+        _check_rank(saved_name, layer)
         placed[saved_name] = (name, (layer, second, linears[0].weight.dtype))
+    return placed
+
+
+def _check_rank(name: str, layer: LayerShape) -> None:
+    most = min(layer.out_features, layer.in_features)
+    if not 1 <= layer.rank <= most:
+        raise CheckpointError(
+            f"{name}: the config says rank {layer.rank}, wanted 1..{most} for a weight "
+            f"[{layer.out_features}, {layer.in_features}]; the folder does not fit its model"
+        )
+
+
+def place_experts(model: Any, config: PifaConfig) -> dict[str, tuple[str, dict[str, LayerShape]]]:
+    """Where the experts in PIFA form of a saved model go: by the name they were saved with, name and layers.
+
+    Raises:
+        CheckpointError: the model has no such experts, or they have no such projections.
+    """
+    placed = {}
+    for saved_place, ranks in getattr(config, "experts", {}).items():
+        place = next((name for name in _names(saved_place, model) if module_at(model, name) is not None), None)
+        if place is None:
+            _refuse_missing(saved_place, model)
+            continue
+        weights = expert_weights(model.get_submodule(place), joint="gate_up_proj" in ranks)
+        if isinstance(weights, str) or not ranks.keys() <= weights.keys():
+            found = weights if isinstance(weights, str) else f"has {', '.join(weights)}"
+            raise CheckpointError(
+                f"{saved_place}: the config says that these are experts with {', '.join(ranks)}, the model's are not: "
+                f"{found}; the folder does not fit its model"
+            )
+        layers = {}
+        for name, rank in ranks.items():
+            experts, d_out, d_in = weights[name].weight.shape
+            layers[name] = LayerShape(d_out, d_in, rank, weights[name].bias is not None, experts)
+            _check_rank(f"{saved_place}.{name}", layers[name])
+        placed[saved_place] = (place, layers)
     return placed
 
 
@@ -299,10 +365,13 @@ def check_loadable(model: Any, config: PifaConfig) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return  # it cannot be made without values, or by its config alone: loading it will say so, if it fails
     try:
-        placed = place_layers(fresh, config)
-        for name, (_, (wanted, _, _)) in placed.items():
+        layers = {name: layer for name, (_, (layer, _, _)) in place_layers(fresh, config).items()}
+        for place, (_, held) in place_experts(fresh, config).items():
+            layers |= {layer_of_experts(place, name): layer for name, layer in held.items()}
+        for name, wanted in layers.items():
             layer = model.get_submodule(name)
-            found = LayerShape(layer.out_features, layer.in_features, layer.rank, layer.bias is not None)
+            experts = getattr(layer, "experts", None)
+            found = LayerShape(layer.out_features, layer.in_features, layer.rank, layer.bias is not None, experts)
             if found != wanted:
                 raise CheckpointError(f"{name}: a {type(model).__name__} has {wanted} there, this model {found}")
     except CheckpointError as error:
@@ -334,13 +403,18 @@ def _place_of(saved_name: str, model: Any) -> str | None:
             f"{saved_name}: the config says that this is a linear layer, the model has a {type(module).__name__}; "
             "the folder does not fit its model"
         )
+    _refuse_missing(saved_name, model)
+    return None
+
+
+def _refuse_missing(saved_name: str, model: Any) -> None:
+    """Refuses a name that `model` lacks, unless it may belong to a head that its class does not have."""
     own_class = type(model).__name__ in (model.config.architectures or [])
     if own_class or saved_name.startswith(f"{model.base_model_prefix}."):
         raise CheckpointError(
             f"the config names the layer {saved_name}, which {type(model).__name__} does not have; "
             "the folder does not fit its model"
         )
-    return None
 
 
 def _linears_at(saved_name: str, model: Any, name: str, second: str | None) -> list[Any]:
@@ -383,3 +457,10 @@ class _Unloaded(PifaLinear):
 
 def _empty_layer(layer: LayerShape, dtype: torch.dtype) -> PifaLinear:
     return _Unloaded(layer.in_features, layer.out_features, layer.rank, layer.bias, device="meta", dtype=dtype)
+
+
+def _empty_experts_layer(layer: LayerShape, experts: Any) -> PifaGroupedLinear:
+    dtype = next(experts.parameters(recurse=False)).dtype
+    return PifaGroupedLinear(
+        layer.experts or 0, layer.in_features, layer.out_features, layer.rank, layer.bias, device="meta", dtype=dtype
+    )

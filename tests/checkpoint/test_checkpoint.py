@@ -112,7 +112,7 @@ def test_hostile_or_damaged_tensors_are_refused(part, tensor, message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "format 3 is newer than this pifa-compiler, which reads up to 2; install a newer"),
+        ({"format_version": 4}, "format 4 is newer than this pifa-compiler, which reads up to 3; install a newer"),
         ({"format_version": None}, "wanted a format_version"),
         ({"format_version": "1"}, "wanted a format_version"),
         ({"ranks": None}, "wanted `ranks`"),
