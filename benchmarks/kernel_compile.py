@@ -63,6 +63,11 @@ class Chip:
         """Whether it is AMD's."""
         return self.target.backend == "hip"
 
+    @property
+    def can_overlap(self) -> bool:
+        """Whether it has programmatic dependent launch."""
+        return not self.hip and int(self.target.arch) >= 90
+
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 167936, 166912, 1024, 65536, 64),
@@ -83,6 +88,7 @@ class Case:
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
         ordered: with order and bias, in decode only; without, all loads that are left are of the matrices.
+        dependent: by launches that overlap, in decode only and on chips that can.
     """
 
     kernel: str
@@ -92,10 +98,11 @@ class Case:
     chip: str
     precision: str
     ordered: bool
+    dependent: bool = False
 
     def __str__(self) -> str:
         precision = self.precision if self.dtype == "fp32" else ""
-        epilogue = "ordered" if self.ordered else "plain"
+        epilogue = ("ordered" if self.ordered else "plain") + "-dependent" * self.dependent
         return "-".join(
             filter(None, (self.kernel, self.product, str(self.tile), self.dtype, precision, epilogue, self.chip))
         )
@@ -160,27 +167,37 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                 two_ways = dtype == "fp32" and not kernel.endswith("decode1") and not limits.hip
                 precisions = ("ieee", "tf32") if two_ways else ("ieee",)
                 epilogues = (False,) if kernel.endswith("prefill") else (True, False)
+                can_overlap = limits.can_overlap and not kernel.endswith("prefill")
                 for tile, precision, product, ordered in itertools.product(
                     tiles, precisions, ("pivots", "rest"), epilogues
                 ):
-                    yield Case(kernel, product, tile, dtype, chip, precision, ordered)
+                    case = Case(kernel, product, tile, dtype, chip, precision, ordered)
+                    yield case
+                    if can_overlap and not ordered:
+                        yield dataclasses.replace(case, dependent=True)
 
 
 def compile_case(case: Case) -> Figures:
     """Compiles one case and reads its code."""
-    chip = CHIPS[case.chip]
+    chip, compiled = CHIPS[case.chip], compiled_kernel(case)
+    shared = int(compiled.metadata.shared)
+    if chip.hip:
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    return _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], shared, columns)
+
+
+def compiled_kernel(case: Case) -> triton.compiler.CompiledKernel:
+    """What Triton makes of one case."""
     kernel, arguments = _arguments(case)
     constants = {name: value for name, value in arguments.items() if not _is_type(value)}
     signature = {name: "constexpr" if name in constants else str(value) for name, value in arguments.items()}
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind != "constexpr" and name != "M"]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
-    compiled = triton.compile(source, target=chip.target, options=options)
-    shared = int(compiled.metadata.shared)
-    if chip.hip:
-        return _read_amd(compiled.asm["amdgcn"], shared)
-    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
-    return _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], shared, columns)
+    if case.dependent:
+        options["launch_pdl"] = case.product == "rest"
+    return triton.compile(source, target=CHIPS[case.chip].target, options=options)
 
 
 def _is_type(value: object) -> bool:
@@ -193,6 +210,8 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     first = case.product == "pivots"
     rows, terms = (RANK, D_IN) if first else (OUT - RANK, RANK)
     sizes: dict[str, object] = {"N": rows, "K": terms, "FIRST": 0 if first else RANK}
+    if not case.kernel.endswith("prefill"):
+        sizes |= {"SIGNAL": case.dependent and first, "WAIT": case.dependent and not first}
     common = {"BUCKET": 0, "PRECISION": case.precision, **case.tile.constants()}
     if case.kernel == "prefill":
         pointers = {"a": x if first else None, "w": x, "y": x}
@@ -200,6 +219,7 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
     index, bias = ("*i32", x) if case.ordered else (None, None)
     if case.kernel.startswith("siblings"):
+        overlap = {name: sizes[name] for name in ("SIGNAL", "WAIT") if name in sizes}
         sizes = {
             f"{axis}{i}": size // (1 if i == 0 else 4 if axis == "N" or not first else 1)
             for axis, size in (("N", rows), ("K", terms))
@@ -218,7 +238,7 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
             pointers |= {"a1": None, "a2": None}  # one x for all
         strides = {"M": 1 if case.kernel.endswith("decode1") else "i32", "stride_a": "i32"}
         sizes |= {"OUT0": OUT, "OUT1": OUT // 4, "OUT2": OUT // 4, "PIVOTS": first}
-        sizes["ASIDES"] = 0 if first and not case.ordered else 4
+        sizes |= {"ASIDES": 0 if first and not case.ordered else 4, **overlap}
         return siblings_decode_kernel, {**pointers, **strides, **sizes, **common}
     pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
     pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
@@ -309,7 +329,7 @@ def row(case: Case, figures: Figures) -> dict[str, object]:
         "product": case.product,
         "tile": str(case.tile),
         "dtype": case.dtype if case.dtype != "fp32" else f"fp32 {case.precision}",
-        "epilogue": "order, bias" if case.ordered else "plain",
+        "epilogue": ("order, bias" if case.ordered else "plain") + ", dependent" * case.dependent,
         "chip": case.chip,
         **dataclasses.asdict(figures),
         "resident": case.tile.resident,

@@ -12,9 +12,13 @@ threads at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core 
 
 Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are
 added up in a fixed order by a launch of their own, without atomics: the result is the same in every run.
+
+Kernels that SIGNAL let the next launch begin, those that WAIT began before the last one had ended: see
+`linear_triton_dependent`.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -59,6 +63,19 @@ def place_pivots(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, s
         i = start + tl.arange(0, BLOCK)
         values = tl.load(pivots + m[:, None] * R + i[None, :], mask=in_m[:, None] & (i < R)[None, :], other=0.0)
         store_rows(values, y, m, i, in_m, i < R, stride_y, 0, scatter, bias)
+
+
+@triton.jit
+def prefetch(w_rows, begin, end, in_n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Asks for w[n, k], begin <= k < end, to come into the L2 cache, for the rows n that are `in_n` of w [..., K]."""
+    LINE: tl.constexpr = 1024 // w_rows.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // LINE) * LINE
+    for k0 in range(begin, end, BLOCK_K):
+        there = in_n[:, None] & (k < end - k0)[None, :]
+        places = tl.where(there, w_rows + (n[:, None] * K + (k0 + k)[None, :]), w_rows).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -121,6 +138,8 @@ def decode_kernel(
     FIRST: tl.constexpr,
     OUT: tl.constexpr,
     CHUNK: tl.constexpr,
+    SIGNAL: tl.constexpr,
+    WAIT: tl.constexpr,
     BUCKET: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,7 +155,11 @@ def decode_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_m = m < M
     aside: tl.constexpr = 1 if order is not None or pivots is not None else 0
+    if SIGNAL:
+        tl.extra.cuda.gdc_launch_dependents()
     if pid_k < aside:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         if order is not None:
             invert(order, inverse, pid_n, tl.num_programs(0), OUT, ASIDE)
         if pivots is not None:
@@ -148,6 +171,9 @@ def decode_kernel(
         in_n = n < N - col
         part = pid_k - aside
         end = tl.minimum((part + 1) * CHUNK, K)
+        if WAIT:
+            prefetch(w + col * K, part * CHUNK, end, in_n, K, BLOCK_N, BLOCK_K)
+            tl.extra.cuda.gdc_wait()
         w_tile = w + col * K + (n[:, None] * K + k[None, :])
         total = product(a, w_tile, part * CHUNK, end, in_m, in_n, stride_a, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         # Computed again, not kept over the loop, where ptxas would spill them on sm_80.
@@ -171,10 +197,16 @@ def add_parts_kernel(
     N: tl.constexpr,
     FIRST: tl.constexpr,
     PARTS: tl.constexpr,
+    SIGNAL: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """y[m, column(FIRST + n)] = sum of parts[:, m, n] + bias, for parts [PARTS, M, N] float32."""
+    if SIGNAL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -190,18 +222,35 @@ def _tuned(itemsize: int, block_m: int, hip: bool) -> triton.runtime.Autotuner:
     return triton.autotune(configs, key=["BUCKET", "N", "K", "CHUNK"])(decode_kernel)
 
 
+def overlap(dependent: bool, *, first: bool, last: bool) -> dict[str, Any]:
+    """Of a launch in a row of them: how it overlaps with its neighbours if they are `dependent`."""
+    attribute = {"launch_pdl": True} if dependent and not first else {}
+    return {"SIGNAL": dependent and not last, "WAIT": dependent and not first, **attribute}
+
+
 def decode(
-    x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None, *, precision: str, tune: bool
+    x: Tensor,
+    w_pivot: Tensor,
+    coeff: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    *,
+    precision: str,
+    tune: bool,
+    dependent: bool = False,
 ) -> Tensor:
     """`pifa::linear` over 1 to 16 tokens, for x [tokens, in] with unit stride along `in`, all else contiguous.
 
-    Arguments as in `prefill`.
+    Arguments as in `prefill`; `dependent` launches overlap, and cannot be traced (`linear_triton_dependent`).
     """
     (tokens, _), (rank, _) = x.shape, w_pivot.shape
     out, hip = rank + coeff.shape[0], torch.version.hip is not None
     block_m = 1 if tokens == 1 else MAX_TOKENS
     bucket = tokens_bucket(tokens)
-    kernel = wrap_triton(_tuned(x.element_size(), block_m, hip) if tune else decode_kernel)
+    kernel: Any = _tuned(x.element_size(), block_m, hip) if tune else decode_kernel
+    adding: Any = add_parts_kernel
+    if not dependent:
+        kernel, adding = wrap_triton(kernel), wrap_triton(adding)
 
     inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
 
@@ -214,17 +263,20 @@ def decode(
         todo = (order, inverse, None, None, None) if pivots is None else (None, None, pivots, inverse, bias)
         chunk = chunk_of_sum(rows, terms, tile)
         splits = max(1, triton.cdiv(terms, chunk))
-        parts = None if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+        shared = splits > 1 and rows > 0
+        parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device) if shared else None
         aside = int(invert is not None or pivots is not None)
         # Even with no row of its own the second product has y_p to put in place.
         kernel[lambda meta: (max(1, triton.cdiv(rows, meta["BLOCK_N"])), splits + aside)](
             a, w, y, parts, *todo, tokens, a.stride(0), y.shape[1],
             N=rows, K=terms, FIRST=first, OUT=out, CHUNK=chunk, BUCKET=bucket, PRECISION=precision, **options,
+            **overlap(dependent, first=pivots is None, last=pivots is not None and not shared),
         )  # fmt: skip
-        if parts is not None and rows:
-            wrap_triton(add_parts_kernel)[(triton.cdiv(rows, 128),)](
+        if shared:
+            adding[(triton.cdiv(rows, 128),)](
                 parts, y, *todo[3:], tokens, y.shape[1],
                 N=rows, FIRST=first, PARTS=splits, BLOCK_M=block_m, BLOCK_N=128,
+                **overlap(dependent, first=False, last=pivots is not None),
             )  # fmt: skip
 
     y_pivot = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)

@@ -21,6 +21,7 @@ from triton import knobs
 from . import linear as _defines_the_library  # noqa: F401
 from .linear_triton import DTYPES
 from .linear_triton_decode import MAX_TOKENS, decode
+from .linear_triton_dependent import decode_dependently, launches_depend
 from .linear_triton_prefill import prefill
 
 MAX_STRIDE = 2**22
@@ -58,8 +59,12 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
         rows = rows.contiguous()
     bias = None if bias is None else bias.contiguous()
     order = None if order is None else order.contiguous()
-    run = decode if tokens <= MAX_TOKENS else prefill
-    y = run(rows, w_pivot.contiguous(), coeff.contiguous(), order, bias, precision=precision_of_float32(), tune=tunes())
+    values = rows, w_pivot.contiguous(), coeff.contiguous(), order, bias
+    if tokens <= MAX_TOKENS and launches_depend(x):
+        y: Tensor = decode_dependently(*values, precision_of_float32(), tunes())
+    else:
+        run = decode if tokens <= MAX_TOKENS else prefill
+        y = run(*values, precision=precision_of_float32(), tune=tunes())
     return y.view(*x.shape[:-1], out)
 
 

@@ -25,6 +25,7 @@ from triton import knobs
 
 from .linear_siblings_gemm import check_siblings
 from .linear_triton_decode import MAX_TOKENS, product
+from .linear_triton_dependent import decode_siblings_dependently, launches_depend
 from .linear_triton_operator import MAX_STRIDE, precision_of_float32, tunes
 from .linear_triton_prefill import GROUP_M, store_tile
 from .linear_triton_siblings_decode import AT_ONCE, decode_siblings
@@ -166,7 +167,11 @@ def launch(
         ordered = [None if order is None else order.contiguous() for order in orders]
         together = all(bias is not None for bias in biases)
         inside = [None if bias is None or not together else bias.contiguous() for bias in biases]
-        found = decode_siblings(rows, w_pivots, coeffs, ordered, inside, **options)
+        values = rows, w_pivots, coeffs, ordered, inside
+        if launches_depend(x):
+            found = decode_siblings_dependently(*values, options["precision"], options["tune"])
+        else:
+            found = decode_siblings(*values, **options)
         behind = [None if together else bias for bias in biases]
     else:
         found = [

@@ -13,6 +13,7 @@ Not timed on a GPU.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .linear_triton_decode import ASIDE, invert, place_pivots, product, store_rows
+from .linear_triton_decode import ASIDE, invert, overlap, place_pivots, prefetch, product, store_rows
 from .linear_triton_tiles import fixed_siblings_tile, siblings_tiles, tokens_bucket
 
 AT_ONCE = 3
@@ -71,6 +72,8 @@ def siblings_decode_kernel(
     OUT2: tl.constexpr,
     PIVOTS: tl.constexpr,
     ASIDES: tl.constexpr,
+    SIGNAL: tl.constexpr,
+    WAIT: tl.constexpr,
     BUCKET: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,7 +93,11 @@ def siblings_decode_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_m = m < M
     aside = tl.program_id(0)
+    if SIGNAL:
+        tl.extra.cuda.gdc_launch_dependents()
     if aside < ASIDES:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         if PIVOTS:
             if scatter0 is not None:
                 invert(order0, scatter0, aside, ASIDES, OUT0, ASIDE)
@@ -116,6 +123,9 @@ def siblings_decode_kernel(
         K = K0 if K0 == K1 and K1 == K2 else tl.where(is0, K0, tl.where(is1, K1, K2))
         a = choose(is0, is1, a0, a1, a2)
         col = pid.to(tl.int64) * BLOCK_N
+        if WAIT:
+            prefetch(w + col * K, 0, K, n < N - col, K, BLOCK_N, BLOCK_K)
+            tl.extra.cuda.gdc_wait()
         w_tile = w + col * K + (n[:, None] * K + k[None, :])
         stride = stride_a if PIVOTS else K
         total = product(a, w_tile, 0, K, in_m, n < N - col, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -124,7 +134,8 @@ def siblings_decode_kernel(
         if PIVOTS:
             store_rows(total, y, m, n, in_m, n < N, N, 0, None, None)
         else:
-            scatter, bias = choose(is0, is1, scatter0, scatter1, scatter2), choose(is0, is1, bias0, bias1, bias2)
+            scatter = None if scatter0 is None else choose(is0, is1, scatter0, scatter1, scatter2)
+            bias = None if bias0 is None else choose(is0, is1, bias0, bias1, bias2)
             store_rows(total, y, m, n, in_m, n < N, N + K, K, scatter, bias)
 
 
@@ -143,18 +154,19 @@ def decode_siblings(
     *,
     precision: str,
     tune: bool,
+    dependent: bool = False,
 ) -> list[Tensor]:
     """`pifa::linear` of all siblings over 1 to 16 tokens, in two launches for every `AT_ONCE` of them.
 
     Args:
         x: [tokens, in] with unit stride along `in` and less than 2**22 between tokens.
         w_pivots, coeffs, orders, biases: of each sibling as in `pifa::linear`, contiguous; biases of all or of none.
-        precision, tune: as in `prefill`.
+        precision, tune, dependent: as in `decode`.
     """
     found: list[Tensor] = []
     for start in range(0, len(w_pivots), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        found += _decode(x, w_pivots[some], coeffs[some], orders[some], biases[some], precision, tune)
+        found += _decode(x, w_pivots[some], coeffs[some], orders[some], biases[some], precision, tune, dependent)
     return found
 
 
@@ -166,10 +178,12 @@ def _decode(
     biases: Sequence[Tensor | None],
     precision: str,
     tune: bool,
+    dependent: bool,
 ) -> list[Tensor]:
     tokens, hip, itemsize = x.shape[0], torch.version.hip is not None, x.element_size()
     bucket = tokens_bucket(tokens)
-    kernel = wrap_triton(_tuned(itemsize, bucket, hip) if tune else siblings_decode_kernel)
+    kernel: Any = _tuned(itemsize, bucket, hip) if tune else siblings_decode_kernel
+    kernel = kernel if dependent else wrap_triton(kernel)
     ranks = [w.shape[0] for w in w_pivots]
     outs = [rank + coeff.shape[0] for rank, coeff in zip(ranks, coeffs, strict=True)]
     scatters: list[Tensor | None] = [None for _ in outs]
@@ -191,7 +205,7 @@ def _decode(
             tokens, a[0].stride(0),
             N0=n0, N1=n1, N2=n2, K0=k0, K1=k1, K2=k2, OUT0=out0, OUT1=out1, OUT2=out2,
             PIVOTS=pivots, ASIDES=asides, BUCKET=bucket, PRECISION=precision,
-            **({} if tune else tile.launch_options()),
+            **({} if tune else tile.launch_options()), **overlap(dependent, first=pivots, last=not pivots),
         )  # fmt: skip
 
     # The pivots stay float32 between the products, as in `decode`.

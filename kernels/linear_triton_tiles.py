@@ -154,6 +154,9 @@ def tokens_bucket(tokens: int) -> int:
     return next((bucket for bucket in (1, 16, 128, 1024) if tokens <= bucket), 2**31)
 
 
+DEPENDENT_LAUNCH = False
+"""Whether launches of decode overlap, where the chip can (`linear_triton_dependent`); not timed, so it is off."""
+
 SPLITS = 4
 """The most programs that share one sum: what was best for 16 tokens at all three d."""
 

@@ -1,6 +1,7 @@
 """The kernels compiled for chips that are not there, in a process without Triton's interpreter."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,38 @@ def test_each_fault_is_said_with_its_figure():
     ):
         assert words in line
         assert line.count("', '") == 0
+
+
+OVERLAPS = """
+import itertools, re, sys
+sys.path.insert(0, {folder!r})
+from kernel_compile import cases, compiled_kernel
+names = {{
+    "launch_dependents": "signal", "griddepcontrol.wait": "wait", "prefetch.global": "prefetch",
+    "ld.global": "load", "cp.async.c": "load",
+}}
+seen = set()
+for case in cases(fixed_only=True):
+    if case.chip == "sm_90" and case.dependent and (case.kernel, case.product) not in seen:
+        seen.add((case.kernel, case.product))
+        kernel = compiled_kernel(case)
+        found = re.findall("|".join(names), kernel.asm["ptx"])
+        events = [name for name, _ in itertools.groupby(names[each] for each in found)]
+        print(case.product, kernel.metadata.launch_pdl, *events)
+"""
+
+
+def test_overlapping_launches_wait_before_they_read_and_ask_for_their_weights_before_that():
+    done = run_without_interpreter("-c", OVERLAPS.format(folder=str(SCRIPT.parent)))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * 4  # two products; one linear and siblings, over one token and up to 16
+    for line in lines:
+        product, launched_dependently, *events = line.split(" ")
+        if product == "pivots":
+            assert (launched_dependently, events) == ("False", ["signal", "load"])
+        else:  # programs that put pivots in place wait and load; all others ask for weights, wait and load
+            steps = list(pairwise(["", *events]))
+            assert (launched_dependently, set(events)) == ("True", {"prefetch", "wait", "load"})
+            assert all(before == "wait" for before, event in steps if event == "load")
+            assert all(event == "wait" for before, event in steps if before == "prefetch")
