@@ -13,6 +13,7 @@ from .errors import CalibrationError, RankError
 from .exchange.absorb import LayerSite, absorb_orders
 from .exchange.atomic import Exchange
 from .exchange.attention_layers import attention_as_layers
+from .exchange.expert_layers import experts_as_layers, projection_of, put_together
 from .factors import PifaFactors
 from .graph.capture import Batch
 from .graph.linears import weight_name
@@ -71,8 +72,10 @@ def compress(
     refuse_other_quantization(model)
     check_token_ids(model, calls)
     _check_weights(model)
-    with attention_as_layers(model) as attention:
+    with attention_as_layers(model) as attention, experts_as_layers(model) as experts:
         report, new, factors = _solve(model, calls, config, statistics, progress)
+        if new is not None:
+            new |= put_together(experts, new)
     with Exchange() as exchange:
         if new is None and isinstance(model, GraphModule):
             exchange.graph(model)
@@ -82,6 +85,7 @@ def compress(
                 exchange.module(model, name, layers)
         for name, module in (new or {}).items():
             exchange.module(model, name, module)
+        report.layers += experts.reports(model)
         report.params_after = count_numbers(model)
         report.describe_rest(model)
         describe_if_pretrained(model, report, exchange)
@@ -130,7 +134,7 @@ def measure(
     """
     calls = list(batches)
     check_token_ids(model, calls)
-    with attention_as_layers(model):
+    with attention_as_layers(model), experts_as_layers(model):
         captured = capture_whole_or_in_parts(model, calls)
         uses = uses_of(captured.graph, select_linears(model, captured.graph).found)
     statistics = DenseStatistics()
@@ -211,4 +215,6 @@ def _new_layers(
     layers: dict[str, nn.Module] = {
         names[weight]: layer_of(found, model.get_submodule(names[weight])) for weight, found in factors.items()
     }
-    return layers, absorb_orders(model, sites, layers)
+    # The dense weights of experts lie in a parameter that stays as it is: no columns of theirs can be renumbered.
+    taken = [site for site in sites if all(name in layers or not projection_of(model, name) for name in site.readers)]
+    return layers, absorb_orders(model, taken, layers)

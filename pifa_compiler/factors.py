@@ -124,7 +124,7 @@ def with_rank(factors: PifaFactors, rank: int) -> PifaFactors:
     """
     more = rank - factors.rank
     if not 0 <= more <= len(factors.coeff):
-        raise RankError(f"a weight of {factors.shape[0]} rows and rank {factors.rank} cannot be stored with rank {rank}")
+        raise RankError(f"{factors.rank} pivot rows of {factors.shape[0]} were made, and {rank} are wanted")
     if more == 0:
         return factors
     others = factors.order().argsort()[factors.rank :]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .experts import PifaGroupedLinear
 from .factors import PifaFactors
 from .linear import PifaLinear
 from .linear_proof import computes_linear
@@ -82,5 +83,6 @@ def embedding_storages(model: nn.Module) -> set[tuple[str, int]]:
 
 def count_numbers(model: nn.Module) -> int:
     """Parameters of a model, shared ones once, and the pivot indices of its PIFA layers."""
-    pivots = sum(module.pivots.numel() for module in model.modules() if isinstance(module, PifaLinear))
+    pifa = (module for module in model.modules() if isinstance(module, PifaLinear | PifaGroupedLinear))
+    pivots = sum(module.pivots.numel() for module in pifa)
     return sum(parameter.numel() for parameter in model.parameters()) + pivots

@@ -1,6 +1,7 @@
 """What was done to a model, layer by layer: the records that every door returns and prints."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,29 +10,33 @@ from torch import nn
 from .errors import CheckpointError
 from .factors import FactorQuality, stored_numbers
 
+_EXPERTS_NAMED = 8
+"""Experts that a note names."""
+
 _KINDS_SHOWN = 5
 """Classes that are named where a report is shown; `Report.others` has all."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer.
+    """One linear layer, or one of the projections of a mixture of experts, of all experts.
 
     Attributes:
         name: its place in the model, as in `named_modules`.
-        shape: (out, in) of its weight.
+        shape: (out, in) of its weight; (experts, out, in) of experts.
         rank: rank of its PIFA form; None if it was left as it was.
         skipped: why it was left as it was; None if it is in PIFA form.
         target: whether it counts for the density: skipped by its role (the output head, a `skip` pattern) it does not,
             left dense because PIFA would not be smaller it does.
         stored_before, stored_after: numbers stored, the row order's indices included, biases not.
-        error: relative output error on the calibration inputs, ||(W - W') X|| / ||W X||; None where unknown.
-        quality: of the factorization.
+        error: relative output error on the calibration inputs, ||(W - W') X|| / ||W X||; of experts the root of the
+            mean of its square; None where unknown.
+        quality: of the factorization; of experts the worst.
         notes: what was out of the ordinary, such as a singular Gram matrix.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int | None
     skipped: str | None
     target: bool
@@ -45,24 +50,45 @@ class LayerReport:
     def of_factors(
         cls,
         name: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         rank: int,
-        quality: FactorQuality,
+        quality: FactorQuality | None,
         *,
         stored_before: int | None = None,
         error: float | None = None,
         notes: Iterable[str] = (),
     ) -> "LayerReport":
         """A layer that is in PIFA form now."""
-        before = shape[0] * shape[1] if stored_before is None else stored_before
-        after = stored_numbers(*shape, rank)
+        *experts, d_out, d_in = shape
+        before = math.prod(shape) if stored_before is None else stored_before
+        after = math.prod(experts) * stored_numbers(d_out, d_in, rank)
         return cls(name, shape, rank, None, True, before, after, error, quality, tuple(notes))
 
     @classmethod
-    def of_skip(cls, name: str, shape: tuple[int, int], reason: str, *, target: bool) -> "LayerReport":
+    def of_skip(cls, name: str, shape: tuple[int, ...], reason: str, *, target: bool) -> "LayerReport":
         """A layer that was left as it was."""
-        dense = shape[0] * shape[1]
+        dense = math.prod(shape)
         return cls(name, shape, None, reason, target, dense, dense)
+
+    @classmethod
+    def of_experts(cls, name: str, experts: Sequence["LayerReport"]) -> "LayerReport":
+        """One projection of all experts, from the entries of each, in order; all are in PIFA form, or none."""
+        shape, first = (len(experts), *experts[0].shape), experts[0]
+        if first.rank is None:
+            return cls.of_skip(name, shape, str(first.skipped), target=first.target)
+        errors = [each.error for each in experts if each.error is not None]
+        error = math.sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None
+        qualities = [each.quality for each in experts if each.quality is not None]
+        keys = ("max_coeff", "condition", "error")
+        worst = {key: max(getattr(quality, key) for quality in qualities) for key in keys} if qualities else None
+        quality = None if worst is None else FactorQuality(**worst)
+        rank = max(each.rank or 0 for each in experts)
+        noted: dict[str, list[int]] = {}
+        for index, each in enumerate(experts):
+            for note in each.notes:
+                noted.setdefault(note, []).append(index)
+        notes = [note if len(of) == len(experts) else f"{note} ({_experts(of)})" for note, of in noted.items()]
+        return cls.of_factors(name, shape, rank, quality, error=error, notes=notes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
@@ -70,6 +96,12 @@ class LayerReport:
         quality = None if values["quality"] is None else FactorQuality(**values["quality"])
         known = {**values, "shape": tuple(values["shape"]), "notes": tuple(values["notes"]), "quality": quality}
         return cls(**known)
+
+
+def _experts(numbers: Sequence[int]) -> str:
+    more = len(numbers) - _EXPERTS_NAMED
+    shown = ", ".join(map(str, numbers[:_EXPERTS_NAMED])) + (f" and {more} more" if more > 0 else "")
+    return f"expert{'s' * (len(numbers) > 1)} {shown}"
 
 
 @dataclass(frozen=True)
@@ -250,7 +282,7 @@ class Report:
     @property
     def density(self) -> float:
         """Stored numbers over dense numbers of the linears that were targets; 1 if there were none."""
-        dense = sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.target)
+        dense = sum(math.prod(layer.shape) for layer in self.layers if layer.target)
         return sum(layer.stored_after for layer in self.layers if layer.target) / dense if dense else 1.0
 
     @property

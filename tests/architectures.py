@@ -194,9 +194,8 @@ ENCODER, TRANSLATOR, VISION = "encoders", "encoder-decoders", "vision"
 AUDIO, SEVERAL, PLAIN = "speech", "text and images", "modules of torch"
 
 
-def _decoder(shown: str, name: str, settings: Mapping[str, Any], dense: str | None = None) -> Architecture:
-    kind = DECODER if dense is None else MIXED
-    return Architecture(kind, shown, of(f"{name}ForCausalLM", settings, f"{name}Config"), text, (), dense)
+def _decoder(shown: str, name: str, settings: Mapping[str, Any], kind: str = DECODER) -> Architecture:
+    return Architecture(kind, shown, of(f"{name}ForCausalLM", settings, f"{name}Config"), text)
 
 
 def _encoder(shown: str, name: str, settings: Mapping[str, Any]) -> Architecture:
@@ -249,16 +248,16 @@ ARCHITECTURES = (
     _decoder("BLOOM", "Bloom", {**SIZES, **TOKENS, "n_head": 4, "n_layer": 2}),
     _decoder("Falcon", "Falcon", {**SIZES, **TOKENS}),
     _decoder("MPT", "Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 96, **TOKENS}),
-    _decoder("DeepSeek-V2", "DeepseekV2", {**LATENT, "head_dim": 8}, "DeepseekV2Experts"),
-    _decoder("DeepSeek-V3", "DeepseekV3", LATENT, "DeepseekV3Experts"),
-    _decoder("Mixtral", "Mixtral", {**GROUPED, "num_local_experts": 4}, "MixtralExperts"),
-    _decoder("Qwen2-MoE", "Qwen2Moe", {**EXPERTS, "moe_intermediate_size": 16}, "Qwen2MoeExperts"),
-    _decoder("Qwen3-MoE", "Qwen3Moe", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 32}, "Qwen3MoeExperts"),
-    _decoder("OLMoE", "Olmoe", EXPERTS, "OlmoeExperts"),
+    _decoder("DeepSeek-V2", "DeepseekV2", {**LATENT, "head_dim": 8}, MIXED),
+    _decoder("DeepSeek-V3", "DeepseekV3", LATENT, MIXED),
+    _decoder("Mixtral", "Mixtral", {**GROUPED, "num_local_experts": 4}, MIXED),
+    _decoder("Qwen2-MoE", "Qwen2Moe", {**EXPERTS, "moe_intermediate_size": 16}, MIXED),
+    _decoder("Qwen3-MoE", "Qwen3Moe", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 32}, MIXED),
+    _decoder("OLMoE", "Olmoe", EXPERTS, MIXED),
     _decoder(
         *("GPT-OSS", "GptOss"),
         {**HEADS_OF_8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-        "GptOssExperts",
+        MIXED,
     ),
     Architecture(
         *(MIXED, "Llama 4"),
@@ -271,7 +270,7 @@ ARCHITECTURES = (
         (),
         "Llama4TextExperts",
     ),
-    _decoder("Jamba", "Jamba", {**JAMBA, "use_mamba_kernels": False}, "JambaExperts"),
+    _decoder("Jamba", "Jamba", {**JAMBA, "use_mamba_kernels": False}, MIXED),
     Architecture(STATE, "Mamba", of("MambaForCausalLM", {**MLP, **TOKENS, "state_size": 4}), text),
     Architecture(
         *(STATE, "Mamba-2"),

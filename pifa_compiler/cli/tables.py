@@ -109,7 +109,7 @@ def layers(found: "Inspection", folder: Path) -> None:
     for layer in found.layers:
         table.add_row(
             escape(layer.name),
-            f"{layer.shape[0]} x {layer.shape[1]}",
+            " x ".join(map(str, layer.shape)),
             "dense" if layer.rank is None else str(layer.rank),
             f"{layer.stored_before:,}",
             f"{layer.stored_after:,}",

@@ -21,6 +21,7 @@ from ..modules import is_plain_linear, module_at, weight_of
 from ..passes.absorb_order import Site, find_sites
 from .allowed import Exchangeable, caller_of_layer
 from .enclosure import Enclosure
+from .expert_layers import projection_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def _why_site_stays(
     site: LayerSite, exchangeable: Exchangeable, enclosure: Enclosure, new: Collection[str]
 ) -> str | None:
     names = (*site.sources, *site.readers)
+    if all(projection_of(exchangeable.model, name) is not None for name in names):
+        return None  # made to be calibrated, of a module whose hidden features stay inside of it
     if isinstance(exchangeable.model, GraphModule) and not any(map(exchangeable.is_layer, names)):
         return None  # the graph that the model is reads the weights: it has all the readers, and is what is rewritten
     for name in names:

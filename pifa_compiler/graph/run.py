@@ -47,10 +47,15 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.masked_scatter(x, mask, source.to(x.dtype))
 
 
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return torch.index_add(x, dim, index, source.to(x.dtype))
+
+
 _INSTEAD: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.copy.default: _copy,
     torch.ops.aten.view.default: torch.reshape,
     torch.ops.aten.masked_scatter.default: _masked_scatter,
+    torch.ops.aten.index_add.default: _index_add,
 }
 """What runs in the place of operations of functional graphs that cannot be differentiated, or that hold only for the
 strides and dtypes they were captured with: in bfloat16, or with gradients, attention gives others."""

@@ -1,7 +1,7 @@
 """`Reconstruction`: M over a captured model, from statistics over ranks to factors, wherever its weights lie."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -13,6 +13,7 @@ from ..processes import Processes
 from ..report import Report
 from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
+from .expert_means import FEW_TOKENS, ExpertMeans
 from .gradients import Keep, sum_dense
 from .methods import METHODS, MethodOptions
 from .refinement import Refinement, check_batches
@@ -120,6 +121,7 @@ class Reconstruction:
         self._uses = uses_of(self.captured.graph, self.found)
         self._shared = shared_among(self._uses)
         self._inputs_of_shared: dict[Node, Statistics] = {}
+        self._means = ExpertMeans(self.found)
 
     def run(self) -> dict[Node, RankedLinear]:
         """Measures the dense model, gives its linears ranks, and makes their factors, which go to `results`.
@@ -165,8 +167,10 @@ class Reconstruction:
         wants_gradients = method.gradients and config.gradients and (config.density < 1 or bool(config.ranks))
         if self.statistics is not None:
             self._take(self.statistics, allocator, gradients=wants_gradients)
-        elif wants_gradients or wants_ranks or self._shared:
+        elif wants_gradients or wants_ranks or self._shared or self._means:
             self._sum(allocator, gradients=wants_gradients)
+        for node, gram in self._means.complete_gradients(self.results.gradient_grams).items():
+            self.results.add_linear(node, self.results.seen(node) or Seen(), gram)
 
     def _take(self, statistics: DenseStatistics, allocator: Allocator, *, gradients: bool) -> None:
         self.no_gradients = statistics.no_gradients if gradients else None
@@ -179,6 +183,8 @@ class Reconstruction:
                 weight = read_weight(self.captured.weights, node)
                 seen = allocator.look_at(name, weight, statistics.of_input(name).gram, gram)
             self.results.add_linear(node, seen, gram)
+            if self._means:
+                self._means.add({node: statistics.sums(name)})
         self._inputs_of_shared = {node: statistics.of_input(weight_name(node)) for node in self._shared}
 
     def _sum(self, allocator: Allocator, *, gradients: bool) -> None:
@@ -198,6 +204,7 @@ class Reconstruction:
                 self.results.add_linear(node, looked[node.name], sums.gradient_gram)
                 if node in self._shared:
                     self._inputs_of_shared[node] = sums.statistics()
+            self._means.add(linears)
 
         def all_of(nodes: Iterable[Node]) -> list[Node]:
             return [use for node in nodes for use in self._uses[node]]
@@ -228,12 +235,13 @@ class Reconstruction:
         found: dict[Node, Solved] = {}
         for sources, members in apart.items():
             sums = self._inputs_of_shared[members[0]] if sources else statistics
-            found |= solver.solve(Group(group.source, tuple(members)), sums)
+            completed = self._means.completed(members[0], sums)
+            solved = solver.solve(Group(group.source, tuple(members)), completed)
+            found |= solved if completed is sums else {node: each.noted(FEW_TOKENS) for node, each in solved.items()}
         for node, uses in self._shared.items():
             if node in found:
                 note = f"one weight for {len(uses)} linears, calibrated on what the dense model gives all of them"
-                report = found[node].report
-                found[node] = replace(found[node], report=replace(report, notes=(*report.notes, note)))
+                found[node] = found[node].noted(note)
         return found
 
     def _solve(self, ranked: Mapping[Node, RankedLinear]) -> None:

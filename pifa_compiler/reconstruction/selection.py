@@ -12,8 +12,10 @@ from ..errors import CaptureError, ConfigError, RankError
 from ..exchange.absorb import LayerSite, enclosed_sites, layer_sites
 from ..exchange.allowed import Exchangeable, caller_of, readers_of
 from ..exchange.enclosure import Enclosure
+from ..exchange.expert_layers import ExpertLayers, Projection, projection_of
 from ..factors import stored_numbers
 from ..graph.linears import is_transposed, linears_by_weight, linears_in_order, uses_of_weights, weight_name
+from ..graph.picked_tokens import find_picks
 from ..graph.run import ancestors
 from ..modules import embedding_storages, is_plain_linear, module_at, storage_of, weight_of
 from ..report import LayerReport
@@ -28,10 +30,22 @@ _SOFTMAX = (
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A linear that may be compressed: its layer's name and (out, in) of its weight."""
+    """A linear that may be compressed.
+
+    Attributes:
+        name: of its layer.
+        shape: (out, in) of its weight.
+        projection: if it is one of several experts, what all of them become one layer of.
+    """
 
     name: str
     shape: tuple[int, int]
+    projection: Projection | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name that people know it by: patterns match it, and the report has it."""
+        return self.name if self.projection is None else self.projection.path
 
 
 @dataclass(frozen=True)
@@ -66,22 +80,34 @@ class Selection:
         return {name: site.sources for site in self.sites if len(site.sources) > 1 for name in site.sources}
 
     def layers(self, graph: GraphModule, made: Iterable[LayerReport], absorbed: Mapping[str, str]) -> list[LayerReport]:
-        """One report a layer, in the model's order.
+        """One report a layer, in the model's order; of experts one a projection.
 
         Args:
             graph: of the model.
             made: reports of the linears that were found.
             absorbed: for layers that have no row order any more, the names of those that absorbed it.
         """
-        order = {name: index for index, name in enumerate(linears_in_order(graph))}
+        projections = {linear.name: linear.projection for linear in self.found.values()}
+        order: dict[str, int] = {}
+        for index, name in enumerate(linears_in_order(graph)):
+            projection = projections.get(name)
+            order.setdefault(name if projection is None else projection.path, index)
         reports: dict[str, LayerReport] = {}
+        of_experts: dict[str, dict[str, LayerReport]] = {}
         for layer in (*self.skipped, *made):
-            notes = layer.notes
+            notes, projection = layer.notes, projections.get(layer.name)
             if layer.name in self.ordered and layer.rank is not None:
                 notes = (*notes, self.ordered[layer.name])
             elif layer.name in absorbed:
-                notes = (*notes, f"row order absorbed by {absorbed[layer.name]}")
-            reports[layer.name] = replace(layer, notes=notes)
+                reader = projections.get(absorbed[layer.name])
+                notes = (*notes, f"row order absorbed by {reader.path if reader else absorbed[layer.name]}")
+            if projection is None:
+                reports[layer.name] = replace(layer, notes=notes)
+            else:
+                of_experts.setdefault(projection.path, {})[layer.name] = replace(layer, notes=notes)
+        for path, experts in of_experts.items():
+            in_order = sorted(experts, key=lambda name: int(name.rpartition(".")[2]))
+            reports[path] = LayerReport.of_experts(path, [experts[name] for name in in_order])
         return sorted(reports.values(), key=lambda layer: order.get(layer.name, len(order)))
 
 
@@ -133,7 +159,7 @@ def find_linears(
     # Of a model that is not in memory the graph has stand-ins, which share nothing where the model's own do.
     own = {**parameters, **dict(model.named_parameters(remove_duplicate=False))}
     embedded = embedding_storages(model)
-    output = _output_head(model)
+    output, routers = _output_head(model), find_routers(model, graph)
     found: dict[Node, FoundLinear] = {}
     reports: dict[str, LayerReport] = {}
     patterns, first_use = set(skip), dict[str, Node]()
@@ -146,35 +172,47 @@ def find_linears(
             continue
         name = full_name.removesuffix(".weight")
         d_out, d_in = reversed(parameter.shape) if is_transposed(node) else parameter.shape
-        matched = [pattern for pattern in skip if fnmatchcase(name, pattern)]
+        projection = projection_of(model, name)
+        together = (name,) if projection is None else projection.together
+        matched = [pattern for pattern in skip if any(fnmatchcase(each, pattern) for each in together)]
         patterns -= set(matched)
         if storage_of(own[full_name]) in embedded:
             reason: str | None = "weight is tied to an embedding"
         elif output is not None and module_at(model, name) is output:
             reason = "output head"
+        elif node in routers:
+            reason = "router: it decides which experts a token goes to"
         elif matched:
             reason = f"skipped by pattern {matched[0]!r}"
         elif stored_numbers(d_out, d_in, 1) >= d_out * d_in:
             reason = f"no rank takes fewer numbers than a weight [{d_out}, {d_in}] has"
         elif uses[full_name] > 1 and exchangeable.in_files:
             reason = f"weight is used by {uses[full_name]} linears"
+        elif projection is not None:
+            reason = None  # `experts_as_layers` has looked
         else:
             reason = _why_left(model, graph, node, full_name, exchangeable)
+        linear = FoundLinear(name, (d_out, d_in), projection)
         if reason is None:
-            found.setdefault(first_use.setdefault(full_name, node), FoundLinear(name, (d_out, d_in)))
+            found.setdefault(first_use.setdefault(full_name, node), linear)
         else:
-            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
+            shape = (d_out, d_in) if projection is None else (projection.experts, d_out, d_in)
+            reports[linear.shown] = LayerReport.of_skip(linear.shown, shape, reason, target=False)
     # A weight that another is computed from stays too.
-    found = {node: linear for node, linear in found.items() if linear.name not in reports}
+    found = {node: linear for node, linear in found.items() if linear.shown not in reports}
+    shown = {linear.shown for linear in found.values()}
     for name, module in model.named_modules():
-        seen = name in reports or any(name == linear.name for linear in found.values())
-        if is_plain_linear(module) and not seen:
-            d_out, d_in = weight_of(module).shape
+        if not is_plain_linear(module):
+            continue
+        projection = projection_of(model, name)
+        path = name if projection is None else projection.path
+        if path not in shown and path not in reports:
+            shape = (*(() if projection is None else (projection.experts,)), *weight_of(module).shape)
             reason = "not reached in what was captured of the model, called as the calibration batches call it"
-            reports[name] = LayerReport.of_skip(name, (d_out, d_in), reason, target=False)
-    unknown = patterns | {p for p in ranks if not any(fnmatchcase(linear.name, p) for linear in found.values())}
+            reports[path] = LayerReport.of_skip(path, shape, reason, target=False)
+    unknown = patterns | {p for p in ranks if not any(fnmatchcase(name, p) for name in shown)}
     if unknown:
-        names = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in found.values()}))
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shown}))
         raise ConfigError(f"no linear matches {sorted(unknown)}; this model's linears end in: {names}")
     if not found:
         reasons = ", ".join(sorted({str(report.skipped) for report in reports.values()}))
@@ -191,6 +229,15 @@ def uses_of(graph: GraphModule, found: Iterable[Node]) -> dict[Node, tuple[Node,
 def shared_among(uses: Mapping[Node, tuple[Node, ...]]) -> dict[Node, tuple[Node, ...]]:
     """Of `uses_of`, those with a weight that several linears read."""
     return {node: nodes for node, nodes in uses.items() if len(nodes) > 1}
+
+
+def find_routers(model: nn.Module, graph: GraphModule) -> set[Node]:
+    """The linears that say which tokens experts get: those nearest in front of what picks them."""
+    sizes = {module.experts.num_experts for module in model.modules() if isinstance(module, ExpertLayers)}
+    found: set[Node] = set()
+    for tokens in {pick.tokens for pick in find_picks(graph).values()}:
+        found |= _nearest_linears(tokens, lambda node: node.all_input_nodes)
+    return {node for node in found if node.meta["val"].shape[-1] in sizes}
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -265,13 +312,16 @@ def give_ranks(
     ranked: dict[Node, RankedLinear] = {}
     sets: dict[tuple[object, ...], list[Node]] = {}
     for node, linear in found.items():
-        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(linear.name, pattern)]
+        ranks = [rank for pattern, rank in fixed.items() if fnmatchcase(linear.shown, pattern)]
         if ranks:
             ranked[node] = _fixed(linear, ranks[0])
         elif budget.density == 1:
             ranked[node] = RankedLinear(linear.name, linear.shape, None, "density 1 keeps every weight dense")
         else:
-            sets.setdefault((one_order.get(linear.name, linear.name), *linear.shape), []).append(node)
+            together = one_order.get(linear.name, linear.name)
+            if linear.projection is not None:
+                together = linear.projection.together
+            sets.setdefault((together, *linear.shape), []).append(node)
     layers = [
         [Layer(found[node].name, found[node].shape, node in attention, seen.get(node, Seen())) for node in nodes]
         for nodes in sets.values()
@@ -280,7 +330,20 @@ def give_ranks(
     for nodes, rank in zip(sets.values(), ranks_of_sets, strict=True):
         reason = f"the allocator {allocator} keeps it dense at density {budget.density}" if rank is None else None
         ranked.update({node: RankedLinear(found[node].name, found[node].shape, rank, reason) for node in nodes})
+    _keep_together(found, ranked)
     return {node: ranked[node] for node in found}
+
+
+def _keep_together(found: Mapping[Node, FoundLinear], ranked: dict[Node, RankedLinear]) -> None:
+    """Leaves dense what lies in one parameter with something that stays dense: gate and up of experts."""
+    dense: dict[str, str] = {}
+    for node, linear in found.items():
+        if linear.projection is not None and ranked[node].rank is None:
+            dense.update(dict.fromkeys(linear.projection.together, linear.projection.path))
+    for node, linear in found.items():
+        if linear.shown in dense and ranked[node].rank is not None:
+            reason = f"lies in one parameter with {dense[linear.shown]}, which stays dense"
+            ranked[node] = RankedLinear(linear.name, linear.shape, None, reason)
 
 
 def _fixed(linear: FoundLinear, rank: int) -> RankedLinear:

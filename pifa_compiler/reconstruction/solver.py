@@ -1,7 +1,7 @@
 """From the statistics of a group of linears to their PIFA factors: low-rank by a method, then pivot rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -26,6 +26,10 @@ class Solved:
 
     factors: PifaFactors
     report: LayerReport
+
+    def noted(self, note: str) -> "Solved":
+        """The same with one more note in its report."""
+        return replace(self, report=replace(self.report, notes=(*self.report.notes, note)))
 
 
 Result = TypeVar("Result")

@@ -138,11 +138,19 @@ class DenseStatistics:
         Raises:
             CalibrationError: nothing is known of this linear.
         """
+        return self.sums(name).statistics()
+
+    def sums(self, name: str) -> DenseSums:
+        """The sums at the linear with the weight `name`.
+
+        Raises:
+            CalibrationError: nothing is known of this linear.
+        """
         if name not in self.gram:
             raise CalibrationError(
                 f"the statistics know nothing of {name}; measure them on the same model with batches that reach it"
             )
-        return DenseSums(self.gram[name], None, self.sum_abs[name], self.tokens[name]).statistics()
+        return DenseSums(self.gram[name], self.gradient_gram.get(name), self.sum_abs[name], self.tokens[name])
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:

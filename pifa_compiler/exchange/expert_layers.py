@@ -1,0 +1,224 @@
+"""`ExpertLayers`: experts of a model as linear layers of their own, while the model is captured and calibrated.
+
+A mixture of experts keeps the weights of all experts in one parameter [experts, out, in]. Here each expert has layers,
+whose weights are views of it, and computes the tokens that are routed to it: in a captured graph they are linears like
+any other, with inputs of their own. What is made of them is put together as `PifaExperts`, one layer a projection.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..experts import ExpertWeights, PifaExperts, PifaGroupedLinear, expert_weights
+from ..factors import FactorQuality, PifaFactors, with_rank
+from ..linear import PifaLinear
+from ..modules import module_at
+from ..report import LayerReport
+from .allowed import Exchangeable, why_marked
+from .atomic import Exchange
+
+_LAYERS = "pifa"
+"""The child of `PifaExperts` that holds its layers."""
+
+
+class ExpertLayers(nn.Module):
+    """Computes what an experts module does, from layers of its own: `gate_proj.3` is that of the fourth expert.
+
+    Args:
+        experts: the module to take over from.
+        weights: its projections, as `expert_weights` finds them; they are not copied.
+    """
+
+    def __init__(self, experts: nn.Module, weights: Mapping[str, ExpertWeights]) -> None:
+        super().__init__()
+        self._experts = [experts]  # in a list, since it is no part of this module
+        self.projections = tuple(weights)
+        self.num_experts = len(next(iter(weights.values())).weight)
+        for name, child in experts.named_children():  # an activation, a norm
+            self.add_module(name, child)
+        for name, each in weights.items():
+            trainable = experts.get_parameter(_stored_in(name, self.projections)).requires_grad
+            biases = [None] * len(each.weight) if each.bias is None else list(each.bias)
+            layers = [_layer(*own, trainable) for own in zip(each.weight, biases, strict=True)]
+            self.add_module(name, nn.ModuleList(layers))
+        self.train(experts.training)
+
+    @property
+    def experts(self) -> Any:
+        """The module that it takes over from; these have no class in common."""
+        return self._experts[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As of the experts: hidden_states [tokens, hidden], the others [tokens, k] -> [tokens, hidden]."""
+        result = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            routed = top_k_index == expert
+            tokens = routed.any(dim=1).nonzero().squeeze(1)
+            shares = (top_k_weights * routed).sum(dim=1).index_select(0, tokens)
+            y = self._compute(expert, hidden_states.index_select(0, tokens)) * shares.unsqueeze(1)
+            result = result.index_add(0, tokens, y.to(result.dtype))
+        return result
+
+    def _compute(self, expert: int, x: Tensor) -> Tensor:
+        experts = self.experts
+        *made, down_proj = (self.layer(name, expert) for name in self.projections)
+        if "gate_up_proj" in self.projections:
+            hidden = experts._apply_gate(made[0](x))
+        elif experts.has_gate:
+            hidden = experts.act_fn(made[0](x)) * made[1](x)
+        else:
+            hidden = experts.act_fn(made[0](x))
+        y: Tensor = down_proj(hidden)
+        if experts.has_post_expert_norm:
+            y = experts.post_expert_norm(y)
+        return y
+
+    def layer(self, projection: str, expert: int) -> nn.Linear:
+        """The layer of one expert."""
+        layers = self._modules[projection]
+        assert isinstance(layers, nn.ModuleList)  # noqa: S101  that is what they were put into
+        layer = layers[expert]
+        assert isinstance(layer, nn.Linear)  # noqa: S101
+        return layer
+
+
+@dataclass(frozen=True)
+class FoundExperts:
+    """The modules of experts in a model.
+
+    Attributes:
+        layers: what stands in the place of those that may be exchanged, by name.
+        left: why the others may not.
+    """
+
+    layers: dict[str, ExpertLayers] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def reports(self, model: nn.Module) -> list[LayerReport]:
+        """An entry for every parameter of experts that are left as they are."""
+        return [
+            LayerReport.of_skip(f"{place}.{name}", tuple(parameter.shape), reason, target=False)
+            for place, reason in self.left.items()
+            for name, parameter in model.get_submodule(place).named_parameters(recurse=False)
+            if parameter.ndim == 3
+        ]
+
+
+@contextmanager
+def experts_as_layers(model: nn.Module) -> Iterator[FoundExperts]:
+    """While it lasts, all experts of `model` that may be exchanged have layers."""
+    found = find_experts(model)
+    with Exchange() as exchange:
+        for name, layers in found.layers.items():
+            exchange.module(model, name, layers)
+        yield found
+        exchange.undo()
+
+
+def find_experts(model: nn.Module) -> FoundExperts:
+    """The modules of experts in `model`: those with parameters [experts, .., ..]."""
+    found = FoundExperts()
+    names = [name for name, module in model.named_modules() if name and _has_experts(module)]
+    if not names:
+        return found
+    exchangeable = Exchangeable(model, None)
+    for name in names:
+        experts = model.get_submodule(name)
+        weights = expert_weights(experts)
+        if isinstance(weights, str):
+            found.left[name] = weights
+            continue
+        reason = why_marked(experts) or exchangeable.why_shared(name)
+        if isinstance(model, GraphModule):
+            reason = "they lie in a graph that was captured; compress the model that it was captured from"
+        elif any(parameter.is_meta for parameter in experts.parameters()):
+            reason = "their weights have no values (meta device)"
+        if reason is None:
+            found.layers[name] = ExpertLayers(experts, weights)
+        else:
+            found.left[name] = reason
+    return found
+
+
+def _has_experts(module: nn.Module) -> bool:
+    experts = getattr(module, "num_experts", None)
+    own = module.named_parameters(recurse=False)
+    return any(parameter.ndim == 3 and parameter.shape[0] == experts for _, parameter in own)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of all experts of a module.
+
+    Attributes:
+        path: the name of the layer that it becomes.
+        experts: how many there are.
+        together: its path, and those of what lies in one parameter with it: they become layers both, or neither.
+    """
+
+    path: str
+    experts: int
+    together: tuple[str, ...]
+
+
+def projection_of(model: nn.Module, layer: str) -> Projection | None:
+    """Which projection the layer called `layer` is one expert's part of; None if it is no such part."""
+    inside, _, _ = layer.rpartition(".")
+    place, _, name = inside.rpartition(".")
+    found = module_at(model, place)
+    if not place or not isinstance(found, ExpertLayers):
+        return None
+    stored = _stored_in(name, found.projections)
+    beside = [each for each in found.projections if _stored_in(each, found.projections) == stored]
+    together = tuple(f"{place}.{_LAYERS}.{each}" for each in beside)
+    return Projection(together[beside.index(name)], found.num_experts, together)
+
+
+def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Takes the layers of single experts out of `layers`, and makes a `PifaExperts` for each place of these of them.
+
+    Args:
+        found: the experts of a model.
+        layers: layers in PIFA form by name: of a projection all experts', or none's.
+    """
+    made: dict[str, nn.Module] = {}
+    for place, stand_in in found.layers.items():
+        grouped: dict[str, nn.Module] = {}
+        for projection in stand_in.projections:
+            names = [f"{place}.{projection}.{expert}" for expert in range(stand_in.num_experts)]
+            parts = [layers.pop(name) for name in names if name in layers]
+            if parts:
+                grouped[projection] = _grouped([part for part in parts if isinstance(part, PifaLinear)])
+        if grouped:
+            made[place] = PifaExperts.of(stand_in.experts, grouped)
+    return made
+
+
+def _grouped(parts: Sequence[PifaLinear]) -> PifaGroupedLinear:
+    rank = max(part.rank for part in parts)  # single solutions may have fewer pivot rows than were asked for
+    unknown = FactorQuality(math.nan, math.nan, math.nan)  # the report has it
+    factors = [PifaFactors(part.w_pivot.detach(), part.coeff.detach(), part.pivots.long(), unknown) for part in parts]
+    biases = [part.bias.detach() for part in parts if part.bias is not None]
+    bias = torch.stack(biases) if biases else None
+    return PifaGroupedLinear.from_factors(
+        [with_rank(each, rank) for each in factors], bias, parts[0].w_pivot.requires_grad
+    )
+
+
+def _layer(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight, trainable)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, trainable)
+    return layer
+
+
+def _stored_in(projection: str, projections: Sequence[str]) -> str:
+    """The parameter of the experts that holds a projection."""
+    return "gate_up_proj" if "gate_proj" in projections and projection != "down_proj" else projection
