@@ -21,7 +21,7 @@ from .distillation.student import Student, copied, mesh_over, shard, trained_nam
 from .distillation.teacher import LiveTeacher, StoredTeacher, Teacher
 from .distillation.training import Progress, Training
 from .errors import CalibrationError, ConfigError
-from .factors import stored_numbers
+from .experts import PifaGroupedLinear, dense_name
 from .graph.capture import Batch
 from .linear import PifaLinear
 from .modules import count_numbers
@@ -174,10 +174,9 @@ def _report(model: nn.Module, known: Report | None, found: DistillReport) -> Rep
     if known is None:
         known = Report(settings.get("method") or "unknown", settings.get("density_requested"))
         for name, layer in model.named_modules():
-            if isinstance(layer, PifaLinear):
-                shape = (layer.out_features, layer.in_features)
-                stored = stored_numbers(*shape, layer.rank)
-                known.layers.append(LayerReport(name, shape, layer.rank, None, True, shape[0] * shape[1], stored))
+            if isinstance(layer, PifaLinear | PifaGroupedLinear):
+                shape = (*layer.w_pivot.shape[:-2], layer.out_features, layer.in_features)
+                known.layers.append(LayerReport.of_factors(dense_name(name), shape, layer.rank, None))
         known.params_after = count_numbers(model)
         known.params_before = known.params_after + sum(
             layer.stored_before - layer.stored_after for layer in known.layers

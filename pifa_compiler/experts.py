@@ -100,6 +100,17 @@ class PifaGroupedLinear(WithRowOrder):
         )
 
 
+def layer_name(place: str, projection: str) -> str:
+    """What the layer in PIFA form for a projection of the experts at `place` is called; see `PifaExperts.pifa`."""
+    return f"{place}.pifa.{projection}"
+
+
+def dense_name(layer: str) -> str:
+    """What a layer in PIFA form was called when it was dense: as it is, unless it is one of experts."""
+    place, _, projection = layer.rpartition(".")
+    return f"{place.removesuffix('.pifa')}.{projection}" if place else layer
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One projection of all experts.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError
+from ..experts import layer_name
 
 FORMAT_VERSION = 3
 """Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
@@ -256,13 +257,8 @@ def all_ranks(settings: Mapping[str, Any]) -> dict[str, int]:
     experts = settings.get("experts") or {}
     return {
         **settings["ranks"],
-        **{layer_of_experts(place, name): rank for place, held in experts.items() for name, rank in held.items()},
+        **{layer_name(place, name): rank for place, held in experts.items() for name, rank in held.items()},
     }
-
-
-def layer_of_experts(place: str, projection: str) -> str:
-    """The name of the layer in PIFA form for one projection of the experts at `place`; see `PifaExperts.pifa`."""
-    return f"{place}.pifa.{projection}"
 
 
 def _check_experts(experts: object, format_version: int, where: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..drafts import delete_abandoned
 from ..errors import CheckpointError
+from ..experts import dense_name
 from ..factors import rounding_error, stored_numbers
 from .checksums import verify_checksums
 from .format import FLOATING, all_ranks, open_tensors, read_report, read_settings, weight_files
@@ -140,13 +141,7 @@ def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
             measured[name] = _measure(name, w_pivot, coeff)
     own_names = dict(zip(sorted(measured.keys() - ranks), sorted(ranks.keys() - measured.keys()), strict=True))
     named = [(own_names.get(name, name), layer) for name, layer in measured.items()]
-    return {name: replace(layer, name=name) for name, layer in ((_in_report(name), layer) for name, layer in named)}
-
-
-def _in_report(name: str) -> str:
-    """What the report calls a layer: a projection of experts is there under the name of its dense weight."""
-    place, _, projection = name.rpartition(".")
-    return f"{place.removesuffix('.pifa')}.{projection}" if place else name
+    return {name: replace(layer, name=name) for name, layer in ((dense_name(name), layer) for name, layer in named)}
 
 
 def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:

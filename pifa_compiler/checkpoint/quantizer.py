@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
 from ..exchange.attention_layers import take_apart
 from ..exchange.pairs import chain_of, identity_behind, split_pairs
-from ..experts import PifaExperts, PifaGroupedLinear, expert_weights
+from ..experts import PifaExperts, PifaGroupedLinear, expert_weights, layer_name
 from ..linear import PifaLinear, WithRowOrder
 from ..modules import module_at
 from ..report import Report
@@ -35,7 +35,6 @@ from .format import (
     check_pivots,
     check_settings,
     check_tensors,
-    layer_of_experts,
     refuse_other_quantization,
     refuse_pickles,
     refuse_plain_module,
@@ -137,7 +136,7 @@ class PifaHfQuantizer(HfQuantizer):
             experts = model.get_submodule(place)
             empty = {name: _empty_experts_layer(layer, experts) for name, layer in layers.items()}
             model.set_submodule(place, PifaExperts.of(experts, empty))
-            shapes |= {layer_of_experts(saved_place, name): layer for name, layer in layers.items()}
+            shapes |= {layer_name(saved_place, name): layer for name, layer in layers.items()}
         if checkpoint_files:
             check_tensors(checkpoint_files, all_ranks(vars(self.quantization_config)), shapes, model)
         # The guard of `add_guard` is expected, whichever layer it stands at.
@@ -367,7 +366,7 @@ def check_loadable(model: Any, config: PifaConfig) -> None:
     try:
         layers = {name: layer for name, (_, (layer, _, _)) in place_layers(fresh, config).items()}
         for place, (_, held) in place_experts(fresh, config).items():
-            layers |= {layer_of_experts(place, name): layer for name, layer in held.items()}
+            layers |= {layer_name(place, name): layer for name, layer in held.items()}
         for name, wanted in layers.items():
             layer = model.get_submodule(name)
             experts = getattr(layer, "experts", None)

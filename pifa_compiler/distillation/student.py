@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ..linear import PifaLinear
+from ..linear import WithRowOrder
 from ..processes import Processes
 
 KINDS = ("factors", "norms", "biases")
@@ -29,7 +29,7 @@ def trained_names(model: nn.Module, wanted: Sequence[str]) -> list[str]:
             if not parameter.is_floating_point():
                 continue
             own = name.rpartition(".")[2]
-            if isinstance(module, PifaLinear) and own in ("w_pivot", "coeff"):
+            if isinstance(module, WithRowOrder) and own in ("w_pivot", "coeff"):
                 kinds["factors"].add(name)
             elif "bias" in own:
                 kinds["biases"].add(name)

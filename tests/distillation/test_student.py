@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from expert_models import put_experts_in_pifa_form, tiny_mixtral
 from tiny_models import tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -91,3 +92,14 @@ def test_computing_twice_changes_no_gradient(model: nn.Module) -> None:
     for once, again in zip(*found, strict=True):
         assert torch.equal(once, again)
     assert len(blocks_of(model)) == 2
+
+
+def test_factors_of_experts_are_trained() -> None:
+    mixture = tiny_mixtral()
+    put_experts_in_pifa_form(mixture, names=["down_proj"])
+    names = [f"model.layers.0.mlp.experts.pifa.down_proj.{part}" for part in ("w_pivot", "coeff")]
+    assert trained_names(mixture, ("factors",)) == names
+    student = Student(mixture, names, torch.device("cpu"))
+    tokens = torch.arange(12).reshape(2, 6)
+    student.copy(tokens).logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters.values())
