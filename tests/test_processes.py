@@ -85,7 +85,7 @@ def compare(folder: Path) -> None:
 
 
 def compare_refined(folder: Path) -> None:
-    """Gradients are added up in another order, in float32, and numbers whose gradient is next to 0 step as far as others."""
+    """Gradients are added up in another order, in float32; where one is next to 0, steps are as long as elsewhere."""
     batches = torch.load(folder / "batches.pt")
     config = pc.CompressConfig(**REFINED)
     report = pc.compress_checkpoint(folder / "dense", folder / "one-refined", batches, config, memory="4GiB")
