@@ -1,6 +1,7 @@
 """Graph passes: each takes an FX graph and rewrites one pattern in it."""
 
 from .absorb_order import AbsorbOrder as AbsorbOrder
+from .basis_attention import BasisAttention as BasisAttention
 from .canonicalize import Canonicalize as Canonicalize
 from .factorize_linear import FactorizeLinear as FactorizeLinear
 from .factorize_pair import FactorizePair as FactorizePair
