@@ -190,9 +190,9 @@ def _sum_gradients(parameters: Mapping[tuple[Node, str], nn.Parameter], processe
     if processes.size == 1:
         return
     names = {f"{node.name} {part}": parameter for (node, part), parameter in parameters.items()}
-    own = {name: parameter.grad for name, parameter in names.items() if parameter.grad is not None}
+    own = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in names.items()}
     for name, gradient in processes.sum(own).items():
-        names[name].grad = gradient.to(names[name].device)
+        names[name].grad = gradient
 
 
 class Refinement:
