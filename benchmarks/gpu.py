@@ -1,22 +1,31 @@
 """Checks, and times by `pifa bench --device cuda`, what `Lower` and `MergeSiblings` emit on the GPU of this machine.
 
-    python benchmarks/gpu.py [--output DIR] [--only checks,layers,models] [--layers 4]
+    python benchmarks/gpu.py [--output DIR] [--minutes 8] [--only checks,choices,models,layers,ranks] [--layers 2]
 
 First values against float64 of all forms, ragged shapes and unequal siblings included, and models under
 `torch.compile(backend="pifa")`, with CUDA graphs and without; on a wrong value it stops with exit code 1, as it does
-without a GPU. Then rows of `bench.gpu`, appended to gpu_layers.csv and gpu_models.csv as they come: square layers, and
-layers of Llama-2-7B's shape at density 0.5: prefill of 2048 tokens, decoding of 1 and 16 sequences. Meant to fit 8
-minutes of an H200; it has not been run on a GPU since it was rewritten, and gpu.csv is of the script before.
+without a GPU. Then rows, appended to files as they come:
+
+    choices   gpu_choices.csv   what `gpu_choices.py` does: launches that overlap or not, ways to undo an order
+    models    gpu_models.csv    layers of Llama-2-7B's shape at density 0.5: prefill of 512 and 2048 tokens, decoding of
+                                1, 16 and 64 sequences
+    layers    gpu_layers.csv    square layers at rank d / 2, 2:4 sparse weights beside them
+    ranks     gpu_layers.csv    ranks of density 0.5, rounded down to multiples of 1 to 128
+
+None is begun that would end after so many minutes if it took as long as the longest of its kind; what is left out is
+said. It has not been run on a GPU since it was rewritten, and gpu.csv is of the script before.
 """
 
 import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pifa_compiler.kernels import linear, linear_ref
@@ -178,6 +187,22 @@ def run_checks(jobs: int) -> None:
     print("all forms and a model are right", flush=True)
 
 
+Row = TypeVar("Row")
+
+
+def by(end: float, rows: Iterator[Row], what: str) -> Iterator[Row]:
+    """The rows that can be had by a time of `time.monotonic`, if none takes longer than the longest so far."""
+    longest = 0.0
+    while (before := time.monotonic()) + longest < end:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        longest = max(longest, time.monotonic() - before)
+        yield row
+    print(f"LEFT OUT for lack of time: the rest of {what}", flush=True)
+
+
 def require_gpu() -> None:
     """Exits with 1 where there is none."""
     if not torch.cuda.is_available():
@@ -188,29 +213,38 @@ def main() -> None:
     """Parses the options, checks, times, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--only", default="checks,layers,models")
-    parser.add_argument("--dims", default="2048,4096,8192")
-    parser.add_argument("--tokens", default="1,16,64,512,4096")
-    parser.add_argument("--layers", type=int, default=4, help="of the model; each takes seconds to compile")
+    parser.add_argument("--only", default="checks,choices,models,layers,ranks")
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--dims", default="2048,4096,8192", help="of layers; ranks are of the first two")
+    parser.add_argument("--tokens", default="1,16,64,512,2048")
+    parser.add_argument("--layers", type=int, default=2, help="of the model; each takes seconds to compile")
     parser.add_argument("--jobs", type=int, default=8, help="processes that check values side by side")
     options = parser.parse_args()
     require_gpu()
+    end = time.monotonic() + 60 * options.minutes
+    from gpu_choices import ChoiceRow, choice_rows
+
     from pifa_compiler.bench.gpu import GpuLayerRow, GpuModelRow, gpu_layer_rows, gpu_model_rows
     from pifa_compiler.bench.model import ModelPlan
     from pifa_compiler.bench.rows import CsvRows
 
-    device, parts = torch.device("cuda"), options.only.split(",")
+    device, parts, bf16 = torch.device("cuda"), options.only.split(","), ["bf16"]
     if "checks" in parts:
         run_checks(options.jobs)
-    plan = ModelPlan(prompt_tokens=2048, decode_context=512, layers=options.layers, repeats=20)
+    plan = ModelPlan(decode_context=512, layers=options.layers, repeats=20)
     dims, tokens = ([int(text) for text in numbers.split(",")] for numbers in (options.dims, options.tokens))
-    for part, row_type, rows in (
-        ("models", GpuModelRow, gpu_model_rows("llama-8x4096", plan, device, (1, 16))),
-        ("layers", GpuLayerRow, gpu_layer_rows(dims, tokens, ["bf16"], device)),
-    ):
+    multiples = (1, 8, 16, 32, 64, 128)
+    for part, name, row_type, rows in (
+        ("choices", "choices", ChoiceRow, choice_rows([4096], tokens, torch.bfloat16, device)),
+        ("models", "models", GpuModelRow,
+         gpu_model_rows("llama-8x4096", plan, device, (1, 16, 64), prompts=(512, 2048))),
+        ("layers", "layers", GpuLayerRow, gpu_layer_rows(dims, tokens, bf16, device)),
+        ("ranks", "layers", GpuLayerRow,
+         gpu_layer_rows(dims[:2], (1, 512), bf16, device, density=0.5, multiples=multiples)),
+    ):  # fmt: skip
         if part in parts:
-            file = CsvRows(options.output / f"gpu_{part}.csv", row_type)
-            for row in rows:
+            file = CsvRows(options.output / f"gpu_{name}.csv", row_type)
+            for row in by(end, rows, part):
                 file.append(row)
                 print(row, flush=True)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import device_name
+from ..factors import rank_for_density
 from ..kernels import linear
 from ..linear import PifaLinear
 from ..reconstruction.sweep import Progress
@@ -45,6 +46,8 @@ BUSY_CYCLES = 20_000_000
 @dataclass(frozen=True)
 class GpuLayerRow(BenchRow):
     """One linear layer of shape [d, d] without bias, applied to [tokens, d]; weights come from memory.
+
+    PIFA stores rank * (2 d - rank) numbers of the dense d * d.
 
     Attributes:
         device, triton: the GPU's name, and the version of Triton or "".
@@ -125,32 +128,47 @@ def gpu_layer_rows(
     dtypes: Sequence[str],
     device: torch.device,
     *,
+    density: float | None = None,
+    multiples: Sequence[int] = (1,),
     rounds: int = 20,
     progress: Progress | None = None,
 ) -> Iterator[GpuLayerRow]:
-    """Measures square layers at rank d / 2, one row for every dtype, size and number of tokens.
+    """Measures square layers, one row for every dtype, size, rank and number of tokens.
 
     Args:
         dims, tokens, dtypes, progress: as in `layer_rows`.
         device: a GPU.
+        density, multiples: ranks of this density, rounded down to each of these multiples; rank d / 2 without.
         rounds: of timing.
 
     Raises:
         BenchError, CaptureError: as in `layer_rows`.
     """
     rate = copy_rate(device)
-    cells = list(product(dtypes, dims, tokens))
-    for done, (dtype, d, count) in enumerate(cells):
+    cells = [
+        (dtype, d, rank, count)
+        for dtype, d, count in product(dtypes, dims, tokens)
+        for rank in _ranks(d, density, multiples)
+    ]
+    for done, (dtype, d, rank, count) in enumerate(cells):
         if progress is not None:
-            progress(done, len(cells), f"{dtype}, d = {d}, {count} tokens")
+            progress(done, len(cells), f"{dtype}, d = {d}, rank {rank}, {count} tokens")
         torch._dynamo.reset()
-        yield _layer_row(dtype, d, count, device, rate, rounds)
+        yield _layer_row(dtype, d, rank, count, device, rate, rounds)
 
 
-def _layer_row(dtype: str, d: int, tokens: int, device: torch.device, rate: float, rounds: int) -> GpuLayerRow:
+def _ranks(d: int, density: float | None, multiples: Sequence[int]) -> list[int]:
+    if density is None:
+        return [d // 2]
+    return list(dict.fromkeys(rank_for_density(d, d, density, multiple=multiple) for multiple in multiples))
+
+
+def _layer_row(
+    dtype: str, d: int, rank: int, tokens: int, device: torch.device, rate: float, rounds: int
+) -> GpuLayerRow:
     torch.manual_seed(0)
     kind = DTYPES[dtype]
-    layers = [_on(device, d, kind) for _ in range(_copies(d, kind, device))]
+    layers = [_on(device, d, rank, kind) for _ in range(_copies(d, rank, kind, device))]
     x = torch.randn(tokens, d, device=device).to(kind)
     calls = _layer_calls(layers, x)
     wanted = _apply_exactly(layers[0], x)
@@ -160,27 +178,27 @@ def _layer_row(dtype: str, d: int, tokens: int, device: torch.device, rate: floa
         for name, call in calls.items()
         if name not in ("sparse", "pifa_no_order")  # which compute something else
     }
-    refuse_wrong(errors, layer_bound(kind, d), f"{dtype}, d = {d}, {tokens} tokens")
+    refuse_wrong(errors, layer_bound(kind, d), f"{dtype}, d = {d}, rank {rank}, {tokens} tokens")
     replays = {name: graph_of(call, len(layers)) for name, call in calls.items()}
     found = {name: each / len(layers) for name, each in gpu_medians(replays, rounds=rounds).items()}
     sizes = {"dense": d * d, "pifa": layers[0].w_pivot.numel() + layers[0].coeff.numel()}
     share = {name: numbers * kind.itemsize / (found[name] * 1e6) / rate for name, numbers in sizes.items()}
     times: dict[str, Any] = {f"{name}_ms": found[name] for name in calls}
     return GpuLayerRow(
-        device_name(device), triton_version(), dtype, d, tokens, d // 2, **{"sparse_ms": None, **times},
+        device_name(device), triton_version(), dtype, d, tokens, rank, **{"sparse_ms": None, **times},
         copy_gb_s=rate, dense_share=share["dense"], pifa_share=share["pifa"], pifa_error=errors["pifa"],
     )  # fmt: skip
 
 
-def _on(device: torch.device, d: int, dtype: torch.dtype) -> PifaLinear:
-    layer = PifaLinear.from_factors(random_factors(d, d, d // 2, dtype), requires_grad=False)
+def _on(device: torch.device, d: int, rank: int, dtype: torch.dtype) -> PifaLinear:
+    layer = PifaLinear.from_factors(random_factors(d, d, rank, dtype), requires_grad=False)
     return layer.to(device).eval()
 
 
-def _copies(d: int, dtype: torch.dtype, device: torch.device) -> int:
+def _copies(d: int, rank: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many layers go round: PIFA's weights, the fewest bytes, together three times the L2 cache."""
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return max(4, -(-3 * cache // (3 * d * d // 4 * dtype.itemsize)))
+    return max(4, -(-3 * cache // (rank * (2 * d - rank) * dtype.itemsize)))
 
 
 def _layer_calls(layers: Sequence[PifaLinear], x: Tensor) -> dict[str, Callable[[int], Tensor]]:
@@ -220,21 +238,24 @@ def gpu_model_rows(
     device: torch.device,
     batches: Sequence[int] = (1,),
     *,
+    prompts: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Iterator[GpuModelRow]:
-    """Measures a causal language model: one row for the prefill of one sequence, and one for decoding every batch.
+    """Measures a causal language model: a row for decoding every batch, and for the prefill of one sequence.
 
     Args:
         source, progress: as in `model_rows`.
         plan: how; `repeats` are the rounds of timing, `seconds` and `threads` of no use here.
         device: a GPU.
         batches: sequences that are decoded at a time.
+        prompts: tokens of the prefills; `prompt_tokens` of the plan without.
 
     Raises:
         CheckpointError, ConfigError, BenchError, CaptureError: as in `model_rows`.
     """
     torch.manual_seed(0)
-    phases = [("prefill", 1, plan.prompt_tokens), *(("decode", batch, plan.decode_context) for batch in batches)]
+    phases = [("prefill", 1, tokens) for tokens in prompts or (plan.prompt_tokens,)]
+    phases += [("decode", batch, plan.decode_context) for batch in batches]
     if progress is not None:
         progress(0, 1 + len(phases), "building the models")
     model: Any = open_model(source, plan)
@@ -243,7 +264,7 @@ def gpu_model_rows(
     rate = copy_rate(device)
     for done, (phase, batch, tokens) in enumerate(phases):
         if progress is not None:
-            progress(1 + done, 1 + len(phases), f"{phase}, batch {batch}")
+            progress(1 + done, 1 + len(phases), f"{phase}, batch {batch}, {tokens} tokens")
         torch._dynamo.reset()
         yield _model_row(source, phase, batch, tokens, models, plan, device, rate)
 
@@ -259,7 +280,7 @@ def _model_row(
     rate: float,
 ) -> GpuModelRow:
     compiled = {
-        name: compile_apart(models[name], backend, f"{phase}_{batch}_{name}", options)
+        name: compile_apart(models[name], backend, f"{phase}_{batch}_{tokens}_{name}", options)
         for name, (backend, options) in COMPILED_BY.items()
     }
     linears = [module for module in models["pifa"].modules() if isinstance(module, PifaLinear)]

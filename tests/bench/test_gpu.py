@@ -1,6 +1,7 @@
 """`pifa bench --device cuda` without a GPU: what is measured is right and kept; clocks are stand-ins."""
 
 import csv
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pifa_compiler.cli import bench as cli_bench
 from pifa_compiler.errors import BenchError
 
 CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 TINY = ModelPlan(dtype="fp32", prompt_tokens=5, decode_context=4, layers=1, repeats=1, rank_multiple=1)
 
 
@@ -64,10 +66,17 @@ def test_layers_that_go_round_are_right_and_their_bytes_are_counted() -> None:
 
 
 @pytest.mark.usefixtures("eager")
+def test_layers_of_a_density_have_ranks_of_each_multiple_once() -> None:
+    rows = list(gpu_layer_rows([64], [1, 3], ["fp32"], CPU, density=0.5, multiples=(1, 2, 6, 8, 16)))
+    assert [(row.tokens, row.rank) for row in rows] == [(tokens, rank) for tokens in (1, 3) for rank in (18, 16)]
+    assert rows[1].pifa_share == pytest.approx(rows[1].dense_share * 16 * (128 - 16) / 64**2)
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_wrong_layer_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "linear", lambda x, w_pivot, coeff, order=None: x @ torch.cat((w_pivot, w_pivot)).T)
     monkeypatch.setattr(gpu, "graph_of", lambda *_: pytest.fail("timed"))
-    with pytest.raises(BenchError, match=r"d = 32, 2 tokens: wrong results.*off are plain by"):
+    with pytest.raises(BenchError, match=r"d = 32, rank 16, 2 tokens: wrong results.*off are plain by"):
         list(gpu_layer_rows([32], [2], ["fp32"], CPU))
 
 
@@ -82,6 +91,30 @@ def test_a_compiled_model_is_right_in_all_phases_and_variants(config: Path) -> N
         assert 0 < row.pifa_share < row.dense_share
         assert row.pifa_over_dense == 1
         assert row.pifa_wall_over_dense_wall == row.pifa_wall_ms / row.dense_wall_ms
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_model_has_a_prefill_for_every_prompt(config: Path) -> None:
+    rows = gpu_model_rows(str(config), TINY, CPU, prompts=(4, 7))
+    assert [(row.phase, row.tokens) for row in rows] == [("prefill", 4), ("prefill", 7), ("decode", 4)]
+
+
+def test_the_script_begins_no_row_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    now = [0.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+
+    def rows(*seconds: float) -> Iterator[float]:
+        for each in seconds:
+            now[0] += each
+            yield each
+
+    assert list(script.by(10, rows(1, 3, 2, 2, 1), "layers")) == [1, 3, 2, 2]  # 8 and the longest are too many
+    assert capsys.readouterr().out == "LEFT OUT for lack of time: the rest of layers\n"
+    assert list(script.by(20, rows(1, 3), "models")) == [1, 3]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("eager")
