@@ -1,6 +1,7 @@
-"""What a form of `pifa::linear` is: one way to compute it on one type of device, and when it is taken.
+"""What a form of `pifa::linear` or `pifa::grouped_linear` is: one way to compute it on one type of device, and when.
 
-Each form is a file of this folder that defines a `Form`; `FORMS`, in `passes/lower.py`, lists them by type of device.
+Each form is a file of this folder that defines a `Form`; `FORMS`, in `passes/lower.py`, lists them by operator and by
+type of device.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""The signature of `pifa::linear`: x, w_pivot, coeff, order, bias -> y."""
+Linear = Callable[..., Tensor]
+"""x, w_pivot, coeff, order, bias -> y, as of `pifa::linear`; `pifa::grouped_linear` takes `ends` besides."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Case:
     Attributes:
         device: type of the device, such as "cpu".
         dtype: of the weights.
-        d_in, d_out, rank: the shape of the linear.
+        d_in, d_out, rank: the shape of the linear, or of each expert's.
         tokens: rows of x, or of the example that was traced where they vary; None if unknown.
         other_dtypes: those of x, bias and result that are known and differ from `dtype`, as under autocast.
     """
@@ -36,13 +37,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to compute `pifa::linear`.
+    """One way to compute an operator.
 
     Attributes:
         name: what records call it.
         dtypes: it computes in, the same for x, weights, bias and result.
         reason_against: why a case of these dtypes is left to others, or None.
-        linear: `pifa::linear` written in operators, which the pass `Lower` traces into the graph. What stands behind
+        linear: the operator written in others, which the pass `Lower` traces into the graph. What stands behind
             the form's own operator, such as a bias, stays visible to the compiler, which fuses it with what follows.
     """
 

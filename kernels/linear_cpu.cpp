@@ -3,6 +3,7 @@
 //     y_p = x w_pivot^T        y_n = y_p coeff^T        y = [y_p, y_n][order]
 //
 // pifa::linear_siblings_cpu: several such layers on one x (query, key and value; gate and up) in one go.
+// pifa::grouped_linear_cpu: one such layer for every expert, each on rows of its own, bias included.
 //
 // Few tokens: both products stream the weights once, each row of them used for all tokens, with float32 sums and a
 // float32 y_p; results go straight to their output rows. ATen's GEMMs reach half of the memory's rate there. Siblings
@@ -433,18 +434,22 @@ Layer checked_layer(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff,
   return {w_pivot.contiguous(), coeff.contiguous(), order, Tensor()};
 }
 
-// Fills in the results of `layers`, and gives them x's leading dimensions.
+// Fills in the results of `layers` for x [tokens, in].
+void compute(const Tensor& x, std::vector<Layer>& layers) {
+  const int64_t few = x.scalar_type() == at::kFloat ? kFewTokensFloat : kFewTokensHalf;
+  if (x.size(0) == 0) return;
+  if (x.size(0) <= few)
+    by_dtype(x.scalar_type(), [&](auto zero) { few_tokens<decltype(zero)>(x, layers); });
+  else
+    many_tokens(x, layers);
+}
+
+// Makes the results of `layers`, and gives them x's leading dimensions.
 std::vector<Tensor> run(const Tensor& x, std::vector<Layer> layers) {
   const Tensor tokens = x.contiguous().view({-1, x.size(-1)});
   for (Layer& layer : layers)
     layer.y = at::empty({tokens.size(0), layer.rank() + layer.coeff.size(0)}, x.options());
-  if (tokens.size(0) > 0) {
-    const int64_t few = x.scalar_type() == at::kFloat ? kFewTokensFloat : kFewTokensHalf;
-    if (tokens.size(0) <= few)
-      by_dtype(x.scalar_type(), [&](auto zero) { few_tokens<decltype(zero)>(tokens, layers); });
-    else
-      many_tokens(tokens, layers);
-  }
+  compute(tokens, layers);
   std::vector<Tensor> results;
   auto shape = x.sizes().vec();
   for (const Layer& layer : layers) {
@@ -469,9 +474,36 @@ std::vector<Tensor> linear_siblings_cpu(const Tensor& x, at::TensorList w_pivots
   return run(x, std::move(layers));
 }
 
+Tensor grouped_linear_cpu(const Tensor& x, const Tensor& w_pivot, const Tensor& coeff,
+                          const std::optional<Tensor>& order, const std::optional<Tensor>& bias, const Tensor& ends) {
+  const int64_t experts = w_pivot.size(0);
+  TORCH_CHECK(x.dim() == 2 && w_pivot.dim() == 3 && coeff.dim() == 3 && coeff.size(0) == experts &&
+                  ends.numel() == experts,
+              "wanted x [rows, in], w_pivot and coeff [experts, ..., ...] and ends [experts], got ", x.sizes(), ", ",
+              w_pivot.sizes(), ", ", coeff.sizes(), " and ", ends.sizes());
+  const Tensor rows = x.contiguous(), stops = ends.to(at::kLong).contiguous();
+  Tensor y = at::empty({x.size(0), w_pivot.size(1) + coeff.size(1)}, x.options());
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t end = stops.const_data_ptr<int64_t>()[e];
+    TORCH_CHECK_INDEX(begin <= end && end <= x.size(0), "ends[", e, "] is ", end, ", wanted ", begin, "..", x.size(0));
+    if (end == begin) continue;
+    const Tensor own = rows.narrow(0, begin, end - begin);
+    const auto its = [&](const std::optional<Tensor>& all) { return all ? std::optional(all->select(0, e)) : std::nullopt; };
+    std::vector<Layer> layer{checked_layer(own, w_pivot.select(0, e), coeff.select(0, e), its(order))};
+    layer[0].y = y.narrow(0, begin, end - begin);
+    compute(own, layer);
+    if (bias) layer[0].y.add_(bias->select(0, e));
+    begin = end;
+  }
+  y.narrow(0, begin, x.size(0) - begin).zero_();
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(PIFA_NAMESPACE, CPU, library) {
   library.impl("linear_cpu", &linear_cpu);
   library.impl("linear_siblings_cpu", &linear_siblings_cpu);
+  library.impl("grouped_linear_cpu", &grouped_linear_cpu);
 }

@@ -33,11 +33,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMAS = (
     "linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order) -> Tensor",
     "linear_siblings_cpu(Tensor x, Tensor[] w_pivots, Tensor[] coeffs, Tensor?[] orders) -> Tensor[]",
+    "grouped_linear_cpu(Tensor x, Tensor w_pivot, Tensor coeff, Tensor? order, Tensor? bias, Tensor ends) -> Tensor",
 )
 
-_LIBRARY = torch.library.Library("pifa", "FRAGMENT")
+LIBRARY = torch.library.Library("pifa", "FRAGMENT")
 for _schema in SCHEMAS:
-    _LIBRARY.define(_schema)
+    LIBRARY.define(_schema)
 
 
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None) -> Tensor:
@@ -48,8 +49,8 @@ def _shapes(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], orders: lis
     return [_shape(x, *operands) for operands in zip(w_pivots, coeffs, orders, strict=True)]
 
 
-torch.library.register_fake("pifa::linear_cpu", _shape, lib=_LIBRARY)
-torch.library.register_fake("pifa::linear_siblings_cpu", _shapes, lib=_LIBRARY)
+torch.library.register_fake("pifa::linear_cpu", _shape, lib=LIBRARY)
+torch.library.register_fake("pifa::linear_siblings_cpu", _shapes, lib=LIBRARY)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Lower: pifa::linear -> the form that is fastest on the device and at the shape at hand.
+"""Lower: pifa::linear, pifa::grouped_linear -> the form that is fastest on the device and at the shape at hand.
 
-`FORMS` lists the forms of every device type that has any. The plain subgraph, the operator's own body, is what
-every compiler sees where no form is taken.
+`FORMS` and `GROUPED_FORMS` list the forms of every device type that has any. The plain subgraph, the operator's own
+body, is what every compiler sees where no form is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from ..kernels import grouped_linear_cpu, linear_cpu, linear_gemm, linear_triton
 from ..kernels import linear as _registers_the_operator  # noqa: F401
-from ..kernels import linear_cpu, linear_gemm, linear_triton
 from ..kernels.form import Case, Form
 from .rewrite import Rewrite, Skip
 from .weights import SUBCLASS, is_subclass, value_of
@@ -23,21 +23,34 @@ FORMS: Mapping[str, Sequence[Form]] = {
 }
 """By type of device; to torch AMD's GPUs are "cuda" as well. The first form that has nothing against it is taken."""
 
+GROUPED_FORMS: Mapping[str, Sequence[Form]] = {"cpu": (grouped_linear_cpu.FORM,)}
+"""The same of `pifa::grouped_linear`."""
+
 
 class Lower(Rewrite):
     """pifa::linear -> the first of `forms` that is for the case; a `Skip` says why it stays the plain subgraph.
 
+    And so pifa::grouped_linear, of `grouped_forms`.
+
     Args:
         gradients: whether the graph will be differentiated; only the plain subgraph can be.
-        forms: by type of device, in the order in which they are asked.
+        forms, grouped_forms: by type of device, in the order in which they are asked.
     """
 
-    targets = (torch.ops.pifa.linear.default,)
+    targets = (torch.ops.pifa.linear.default, torch.ops.pifa.grouped_linear.default)
     is_about_speed_only = True
 
-    def __init__(self, *, gradients: bool = False, forms: Mapping[str, Sequence[Form]] = FORMS) -> None:
+    def __init__(
+        self,
+        *,
+        gradients: bool = False,
+        forms: Mapping[str, Sequence[Form]] = FORMS,
+        grouped_forms: Mapping[str, Sequence[Form]] = GROUPED_FORMS,
+    ) -> None:
         self.gradients = gradients
-        self.forms = forms
+        self.forms: dict[Any, Mapping[str, Sequence[Form]]] = dict(
+            zip(self.targets, (forms, grouped_forms), strict=True)
+        )
 
     def match(self, gm: GraphModule, node: Node) -> Form | Skip:
         """The form to take."""
@@ -48,7 +61,7 @@ class Lower(Rewrite):
         case = _case(gm, node)
         if case is None:
             return Skip("plain subgraph: the shapes of the factors are unknown")
-        return choose(case, self.forms.get(case.device, ()))
+        return choose(case, self.forms[node.target].get(case.device, ()))
 
     def rewrite(self, gm: GraphModule, node: Node, found: Form) -> Node:
         """Traces the form into the graph."""
@@ -77,11 +90,11 @@ def choose(case: Case, forms: Sequence[Form]) -> Form | Skip:
 
 
 def _case(gm: GraphModule, node: Node) -> Case | None:
-    x, w_pivot, coeff, _, bias = (value_of(gm, operand) for operand in node.args)
+    x, w_pivot, coeff, _, bias = (value_of(gm, operand) for operand in node.args[:5])
     result = value_of(gm, node)
     if w_pivot is None or coeff is None:
         return None
-    (rank, d_in), d_out = w_pivot.shape, w_pivot.shape[0] + coeff.shape[0]
+    (rank, d_in), d_out = w_pivot.shape[-2:], w_pivot.shape[-2] + coeff.shape[-2]
     numbers = None if result is None else hint_of(result.numel())
     others = {value.dtype for value in (x, coeff, bias, result) if value is not None} - {w_pivot.dtype}
     tokens = None if numbers is None else numbers // d_out

@@ -78,7 +78,8 @@ class PifaGroupedLinear(WithRowOrder):
             found = sorted({(*each.shape, each.rank) for each in factors})
             raise RankError(f"wanted experts of one shape and one rank, got (out, in, rank) {found}")
         first = factors[0]
-        layer = cls(len(factors), *reversed(first.shape), first.rank, device="meta", dtype=first.w_pivot.dtype)
+        d_out, d_in = first.shape
+        layer = cls(len(factors), d_in, d_out, first.rank, device="meta", dtype=first.w_pivot.dtype)
         layer.w_pivot = nn.Parameter(torch.stack([each.w_pivot for each in factors]), requires_grad)
         layer.coeff = nn.Parameter(torch.stack([each.coeff for each in factors]), requires_grad)
         layer.pivots = torch.stack([each.pivots for each in factors]).to(torch.int32)
@@ -139,6 +140,8 @@ class PifaExperts(nn.Module):
     experts_class: type[Any]
     num_experts: int
     pifa: nn.ModuleDict
+    act_fn: Any
+    post_expert_norm: Any
 
     @classmethod
     def of(cls, experts: nn.Module, layers: Mapping[str, nn.Module]) -> "PifaExperts":
@@ -214,8 +217,8 @@ class PifaExperts(nn.Module):
         if name in self.pifa:
             projected: Tensor = self.pifa[name](x, ends)
             return projected
-        weight = self.get_parameter(name)
-        weight = weight.mT if self.is_transposed else weight
+        held = self.get_parameter(name)
+        weight = held.mT if self.is_transposed else held
         y = grouped_mm(x.to(weight.dtype), weight, ends)  # under autocast x may be of another dtype
         return add_bias(y, self.get_parameter(f"{name}_bias"), ends) if self.has_bias else y
 
@@ -253,8 +256,8 @@ def expert_weights(module: nn.Module, *, joint: bool = False) -> dict[str, Exper
             return f"its {name} is no floating-point parameter of {dims} dimensions"
     found = {}
     for name in names:
-        weight = module._parameters[name].detach()
-        bias = module._parameters[f"{name}_bias"].detach() if module.has_bias else None
+        weight = module.get_parameter(name).detach()
+        bias = module.get_parameter(f"{name}_bias").detach() if module.has_bias else None
         found[name] = ExpertWeights(weight.mT if module.is_transposed else weight, bias)
     if joint or not module.has_gate or not _has_default_gate(kind):
         return found

@@ -264,8 +264,8 @@ def all_ranks(settings: Mapping[str, Any]) -> dict[str, int]:
 def _check_experts(experts: object, format_version: int, where: str) -> None:
     if experts is None:
         return
-    fits = format_version >= 3 and isinstance(experts, dict)
-    if not fits or not all(isinstance(held, dict) and held for held in experts.values()):
+    tables = experts.values() if isinstance(experts, dict) and format_version >= 3 else (None,)
+    if not all(isinstance(held, dict) and held for held in tables):
         raise CheckpointError(
             f"{where}: wanted `experts`, a table of tables of ranks, of format 3 or newer, got {experts!r:.80}; "
             "it is damaged"

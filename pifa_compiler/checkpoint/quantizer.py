@@ -151,7 +151,7 @@ class PifaHfQuantizer(HfQuantizer):
                 if module.pivots.is_meta:
                     raise CheckpointError(f"{name}: its pivots were left on disk; load without offload_buffers")
                 check_pivots(module.pivots, module.pivots.shape[-1], module.out_features, name)
-                if isinstance(module, _Unloaded):
+                if isinstance(module, PifaLinear):
                     module.__class__ = PifaLinear
                 module.restore_order()
         # Factors are ordinary floating-point parameters: half(), float() and training need no special care.
@@ -203,7 +203,7 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
     refuse_plain_module(model)
     pairs = split_pairs(model)
     ranks = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, PifaLinear)}
-    experts = {
+    experts: dict[str, dict[str, Any]] = {
         name: {projection: layer.rank for projection, layer in module.pifa.items()}
         for name, module in model.named_modules()
         if isinstance(module, PifaExperts) and module.pifa
