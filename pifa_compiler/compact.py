@@ -14,6 +14,7 @@ from .exchange.absorb import absorb_orders, enclosed_sites, layer_sites
 from .exchange.allowed import Exchangeable
 from .exchange.atomic import Exchange
 from .exchange.enclosure import Enclosure
+from .exchange.expert_layers import ExpertLayers, find_experts, path_of, put_together
 from .exchange.pairs import Pair, find_pairs, identity_behind, trace
 from .factors import PifaFactors, factorize_losslessly, stored_numbers
 from .graph.capture import Batch, capture
@@ -24,6 +25,8 @@ from .passes import Skip
 from .passes.factorize_linear import detect
 from .report import LayerReport, Report
 
+_ZERO = Skip("weight is zero, which has no PIFA form")
+
 
 @own_numerics()
 def compact(model: nn.Module, example: Batch | None = None) -> Report:
@@ -31,9 +34,9 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
 
     Found are: linears that follow each other in the model's graph, U(V(x)), of which nothing else uses the parts (a
     module that is nothing but the two, such as `nn.Sequential(V, U)`, becomes one layer); and single linears whose
-    weight is singular, whoever made them. The model is changed once everything is computed: an error or an interrupt
-    leaves it as it was. What cannot be shown to be safe is left alone, with its reason; code outside the model, which
-    uses parts of it from there, is not seen.
+    weight is singular, whoever made them; experts too, where those of all are. The model is changed once everything is
+    computed: an error or an interrupt leaves it as it was. What cannot be shown to be safe is left alone, with its
+    reason; code outside the model, which uses parts of it from there, is not seen.
 
     Args:
         model: any module; the layers that change are replaced in it.
@@ -55,6 +58,7 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
     new = _NewLayers(model, graph, report)
     new.add_pairs()
     new.add_singular()
+    new.add_experts()
     if captured is None and any(isinstance(layer, PifaLinear) for layer in new.layers.values()):
         report.note("row orders stay: without an example it is not known what reads the outputs of a layer")
     elif captured is not None:
@@ -118,6 +122,25 @@ class _NewLayers:
                 shape, reason = (module.out_features, module.in_features), str(self._exchangeable.why_not(name))
                 self.report.layers.append(LayerReport.of_skip(name, shape, reason, target=False))
 
+    def add_experts(self) -> None:
+        """Projections of experts, all of whose weights are singular, and why the others stay."""
+        experts = find_experts(self.model)
+        new: dict[str, nn.Module] = {}
+        for place, layers in experts.layers.items():
+            found = {name: _factors_of_experts(layers, name) for name in layers.projections}
+            for name, each in found.items():
+                path, shape = path_of(place, name), (layers.num_experts, *weight_of(layers.layer(name, 0)).shape)
+                reasons = [part.reason for other in layers.beside(name) if isinstance(part := found[other], Skip)]
+                if reasons or isinstance(each, Skip):
+                    self.report.layers.append(LayerReport.of_skip(path, shape, reasons[0], target=True))
+                    continue
+                parts = [LayerReport.of_factors(path, shape[1:], one.rank, one.quality) for one in each]
+                self.report.layers.append(LayerReport.of_experts(path, parts))
+                for expert, one in enumerate(each):
+                    new[f"{place}.{name}.{expert}"] = layer_of(one, layers.layer(name, expert))
+        self.layers.update(put_together(experts, new))
+        self.report.layers += experts.reports(self.model)
+
     def absorb(self, graph: GraphModule) -> None:
         """Row orders go into the layers behind, where the model's graph is known."""
         places = {name: place for name, place in self._places.items() if place in self.layers}
@@ -147,11 +170,23 @@ class _NewLayers:
         reason = self._exchangeable.why_not(name)
         if reason is not None:
             return LayerReport.of_skip(name, shape, reason, target=False)
-        found = detect(weight) if bool(weight.any()) else Skip("weight is zero, which has no PIFA form")
+        found = detect(weight) if bool(weight.any()) else _ZERO
         if isinstance(found, Skip):
             return LayerReport.of_skip(name, shape, found.reason, target=True)
         self.layers[name] = layer_of(found, module)
         return LayerReport.of_factors(name, shape, found.rank, found.quality)
+
+
+def _factors_of_experts(layers: ExpertLayers, projection: str) -> list[PifaFactors] | Skip:
+    """The factors of a projection of all experts, or why it stays dense."""
+    factors = []
+    for expert in range(layers.num_experts):
+        weight = weight_of(layers.layer(projection, expert))
+        found = detect(weight) if bool(weight.any()) else _ZERO
+        if isinstance(found, Skip):
+            return Skip(f"{projection} of expert {expert}: {found.reason}")
+        factors.append(found)
+    return factors
 
 
 def _factors_of_pair(pair: Pair, u: torch.Tensor, v: torch.Tensor) -> PifaFactors | Skip:

@@ -19,6 +19,7 @@ from .checkpoint.shards import write_model
 from .compress import check_token_ids
 from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
+from .exchange.expert_layers import find_experts
 from .files import check_destination
 from .graph.capture import Batch, capture
 from .graph.linears import weight_name
@@ -191,6 +192,7 @@ class _Job:
         layers = _Layers(self.stored, work, groups(graph.graph, active))
         absorbed = layers.absorb(self.selection.sites) if self.processes.is_first else {}
         report.layers = self.selection.layers(graph, (*left_dense(ranked), *layers.reports()), absorbed)
+        report.layers += find_experts(model).reports(model)
         for layer in report.factorized:
             model.set_submodule(layer.name, _without_values(layer, model.get_submodule(layer.name)))
         report.params_after = count_numbers(model)

@@ -79,6 +79,11 @@ class ExpertLayers(nn.Module):
             y = experts.post_expert_norm(y)
         return y
 
+    def beside(self, projection: str) -> list[str]:
+        """The projections that lie in one parameter of the experts with `projection`, itself among them."""
+        stored = _stored_in(projection, self.projections)
+        return [each for each in self.projections if _stored_in(each, self.projections) == stored]
+
     def layer(self, projection: str, expert: int) -> nn.Linear:
         """The layer of one expert."""
         layers = self._modules[projection]
@@ -138,7 +143,7 @@ def find_experts(model: nn.Module) -> FoundExperts:
         if isinstance(model, GraphModule):
             reason = "they lie in a graph that was captured; compress the model that it was captured from"
         elif any(parameter.is_meta for parameter in experts.parameters()):
-            reason = "their weights have no values (meta device)"
+            reason = "weights of experts are not read from files; load the model into memory and call compress() on it"
         if reason is None:
             found.layers[name] = ExpertLayers(experts, weights)
         else:
@@ -174,10 +179,13 @@ def projection_of(model: nn.Module, layer: str) -> Projection | None:
     found = module_at(model, place)
     if not place or not isinstance(found, ExpertLayers):
         return None
-    stored = _stored_in(name, found.projections)
-    beside = [each for each in found.projections if _stored_in(each, found.projections) == stored]
-    together = tuple(f"{place}.{_LAYERS}.{each}" for each in beside)
-    return Projection(together[beside.index(name)], found.num_experts, together)
+    together = tuple(path_of(place, each) for each in found.beside(name))
+    return Projection(path_of(place, name), found.num_experts, together)
+
+
+def path_of(place: str, projection: str) -> str:
+    """The name of the layer that a projection of the experts at `place` becomes."""
+    return f"{place}.{_LAYERS}.{projection}"
 
 
 def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
