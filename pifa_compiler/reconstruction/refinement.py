@@ -243,7 +243,7 @@ class Refinement:
         if group in self._blocks:
             self._open[group] = solved, statistics.gram.float()
         elif self._steps:
-            note = "not refined: what it computes is not added to a residual stream, nor what depends on it"
+            note = "not refined: in no residual block"
             self._results.add_group(group, {node: _noted(each, note) for node, each in solved.items()})
         else:
             self._results.add_group(group, solved)

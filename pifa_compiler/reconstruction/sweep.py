@@ -141,8 +141,11 @@ def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False,
         block = None
         if blocks and sums:
             last = next(reversed(sums))
-            block = _block(graph, open_groups, last, sums[last][-1][0])
-            open_groups = [each for each in open_groups if each not in block.groups]
+            total = sums[last][-1][0]
+            block = _block(graph, open_groups, last, total)
+        if block is not None:  # what it depends on in part is in no block, or another would compute its linears too
+            before = ancestors(total)
+            open_groups = [each for each in open_groups if before.isdisjoint(each.members)]
         addends = {member: tuple(addend for _, addend in found) for member, found in sums.items()}
         read = [*(node for nodes in addends.values() for node in nodes), *(() if block is None else block.inputs)]
         wanted = ancestors(group.source, *read)
@@ -153,10 +156,12 @@ def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False,
     return segments
 
 
-def _block(graph: torch.fx.Graph, open_groups: Iterable[Group], last: Node, total: Node) -> ResidualBlock:
-    """The block that `total` ends, of those groups that it is computed from."""
+def _block(graph: torch.fx.Graph, open_groups: Iterable[Group], last: Node, total: Node) -> ResidualBlock | None:
+    """The block that `total` ends, of those groups that it is computed from; None if that of `last` is none of them."""
     before = ancestors(total)
     own = tuple(group for group in open_groups if before.issuperset(group.members))
+    if not any(last in group.members for group in own):
+        return None
     inside = _downstream(graph, (member for group in own for member in group.members)) & before
     nodes = tuple(node for node in graph.nodes if node in inside)
     read = dict.fromkeys(parent for node in nodes for parent in node.all_input_nodes)

@@ -45,6 +45,20 @@ class Parallel(nn.Module):
         return (self.b(torch.sin(self.a(h))) + self.c(h)) + x
 
 
+class Across(nn.Module):
+    """a and c read one value; what c computes goes by the first sum, and into the second."""
+
+    def __init__(self, *, deep: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.d = nn.Linear(8, 8) if deep else nn.Identity()
+
+    def forward(self, x):
+        first = torch.tanh(x)
+        h = x + self.d(self.a(first))
+        return h + self.b(torch.tanh(h) * self.c(first))
+
+
 class NoDerivative(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +98,14 @@ def test_a_sum_that_a_linear_is_not_to_be_replaced_at_ends_no_block():
 
 def test_branches_that_are_added_up_are_one_block():
     assert blocks_of(Parallel()) == [("acb", "b", ("tanh", "x"))]
+
+
+def test_a_sum_that_a_group_goes_by_in_part_ends_no_block():
+    assert blocks_of(Across(deep=False)) == [("acb", "b", ("tanh", "x"))]
+
+
+def test_a_group_that_a_block_depends_on_in_part_is_in_none():
+    assert blocks_of(Across(deep=True)) == [("d", "d", ("linear", "x")), ("b", "b", ("mul", "add"))]
 
 
 def low_rank(model: nn.Module, rank: int) -> dict[str, PifaFactors]:
@@ -276,7 +298,7 @@ def test_what_cannot_be_refined_says_why():
         return {note for each in report.factorized for note in each.notes if "not refined" in note}
 
     (alone,) = notes_of(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), 16)
-    assert "not added to a residual stream" in alone
+    assert alone == "not refined: in no residual block"
     (no_derivative,) = notes_of(NoDerivative(), 16)
     assert "not refined: a block has no gradients: the derivative for 'igamma: input' is not" in no_derivative
     (shared,) = notes_of(Twice(), 8)
