@@ -10,6 +10,7 @@ up to attention: query and key turned by their place, value as it is, all in the
     overlapping   the same with launches that overlap (`DEPENDENT_LAUNCH`), from compute capability 9.0 on
     multiplied    `gemm`, but value by z (P [I; coeff])^T, its order P in the rows of the factor that every call makes:
                   r * r more products for every token, and no gather
+    last adds     `kernels`, but the last program of a shared sum adds up its parts (`LAST_ADDS`), for 2 to 16 tokens
     stored order  `gemm` without orders: what undoing them costs is the difference
 
 Every choice is compared with float64 first; a wrong one ends the run with exit code 1. Weights come from memory, calls
@@ -24,9 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from pifa_compiler.kernels import linear_ref
+from pifa_compiler.kernels import linear_triton_tiles as tiles
 from pifa_compiler.kernels.linear_gemm import linear_gemm
 from pifa_compiler.kernels.linear_siblings_gemm import (
     GROUPED_TOKENS,
@@ -133,7 +136,16 @@ def linears(x: Tensor) -> dict[str, Run]:
         fast = torch.compile(choice, dynamic=False)
         return lambda weights: [fast(weights.w_pivots[0], weights.coeffs[0], weights.orders[0])]
 
-    return {name: compiled(choice) for name, choice in choices.items()}
+    runs = {name: compiled(choice) for name, choice in choices.items()}
+    if x.shape[0] > 1:
+        runs["last adds"] = partial(linear_with_last_adding, x)
+    return runs
+
+
+def linear_with_last_adding(x: Tensor, weights: Weights) -> list[Tensor]:
+    """Uncompiled, for torch's cache of compiled code does not see the constant."""
+    with mock.patch.object(tiles, "LAST_ADDS", True):
+        return [linear_triton(x, weights.w_pivots[0], weights.coeffs[0], weights.orders[0], None)]
 
 
 def projections(x: Tensor) -> dict[str, Run]:

@@ -89,6 +89,7 @@ class Case:
         precision: of float32 products, "ieee" or "tf32".
         ordered: with order and bias, in decode only; without, all loads that are left are of the matrices.
         dependent: by launches that overlap, in decode only and on chips that can.
+        counted: with sums that the last of several programs adds up, in decode16 of one linear only.
     """
 
     kernel: str
@@ -99,10 +100,11 @@ class Case:
     precision: str
     ordered: bool
     dependent: bool = False
+    counted: bool = False
 
     def __str__(self) -> str:
         precision = self.precision if self.dtype == "fp32" else ""
-        epilogue = ("ordered" if self.ordered else "plain") + "-dependent" * self.dependent
+        epilogue = ("ordered" if self.ordered else "plain") + "-dependent" * self.dependent + "-counted" * self.counted
         return "-".join(
             filter(None, (self.kernel, self.product, str(self.tile), self.dtype, precision, epilogue, self.chip))
         )
@@ -175,6 +177,8 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                     yield case
                     if can_overlap and not ordered:
                         yield dataclasses.replace(case, dependent=True)
+                    if kernel == "decode16" and ordered:
+                        yield dataclasses.replace(case, counted=True)
 
 
 def compile_case(case: Case) -> Figures:
@@ -240,12 +244,15 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         sizes |= {"OUT0": OUT, "OUT1": OUT // 4, "OUT2": OUT // 4, "PIVOTS": first}
         sizes |= {"ASIDES": 0 if first and not case.ordered else 4, **overlap}
         return siblings_decode_kernel, {**pointers, **strides, **sizes, **common}
-    pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x, "parts": None}
+    pointers = {"a": x if first else "*fp32", "w": x, "y": "*fp32" if first else x}
+    pointers |= {"parts": "*fp32" if case.counted else None}
     pointers |= {"order": "*i64", "inverse": index} if first and case.ordered else {"order": None, "inverse": None}
     pointers |= {"pivots": None if first else "*fp32"}
     pointers |= {"scatter": None, "bias": None} if first else {"scatter": index, "bias": bias}
+    pointers |= {"arrived": "*i32" if case.counted else None}
     strides = {"M": 1 if case.kernel == "decode1" else "i32", "stride_a": "i32", "stride_y": "i32"}
-    return decode_kernel, {**pointers, **strides, **sizes, "OUT": OUT, "CHUNK": terms, **common}
+    chunk = terms // 4 if case.counted else terms
+    return decode_kernel, {**pointers, **strides, **sizes, "OUT": OUT, "CHUNK": chunk, **common}
 
 
 def _read_nvidia(ptx: str, cubin: bytes, shared: int, columns: int) -> Figures:
@@ -324,12 +331,13 @@ def faults(case: Case, figures: Figures) -> list[str]:
 
 def row(case: Case, figures: Figures) -> dict[str, object]:
     """One line of the table."""
+    extras = ", dependent" * case.dependent + ", counted" * case.counted
     values = {
         "kernel": case.kernel,
         "product": case.product,
         "tile": str(case.tile),
         "dtype": case.dtype if case.dtype != "fp32" else f"fp32 {case.precision}",
-        "epilogue": ("order, bias" if case.ordered else "plain") + ", dependent" * case.dependent,
+        "epilogue": ("order, bias" if case.ordered else "plain") + extras,
         "chip": case.chip,
         **dataclasses.asdict(figures),
         "resident": case.tile.resident,

@@ -11,7 +11,9 @@ threads at the end. Two to 16 tokens are padded to the 16 rows of a tensor-core 
 `coeff` is narrower, tensor cores take y_p as the sum of two numbers of that dtype, which have twice its digits.
 
 Where a weight has too few rows to occupy the chip, several programs share a sum (split K). Their parts, float32, are
-added up in a fixed order by a launch of their own, without atomics: the result is the same in every run.
+added up in a fixed order, by a launch of their own or (`LAST_ADDS`, second product alone) by the program that is the
+last to be done with its part: the result is the same in every run. These programs are counted, from zeros that the
+first product leaves; for itself there is nobody to leave any.
 
 Kernels that SIGNAL let the next launch begin, those that WAIT began before the last one had ended: see
 `linear_triton_dependent`.
@@ -26,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import linear_triton_tiles as tiles
 from .linear_triton_tiles import chunk_of_sum, decode_tiles, fixed_decode_tile, tokens_bucket
 
 MAX_TOKENS = 16
@@ -63,6 +66,17 @@ def place_pivots(pivots, y, m, in_m, stride_y, pid, programs, R: tl.constexpr, s
         i = start + tl.arange(0, BLOCK)
         values = tl.load(pivots + m[:, None] * R + i[None, :], mask=in_m[:, None] & (i < R)[None, :], other=0.0)
         store_rows(values, y, m, i, in_m, i < R, stride_y, 0, scatter, bias)
+
+
+@triton.jit
+def sum_of_parts(parts, m, n, in_m, in_n, M, N, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of parts[:, m, n], float32 [BLOCK_M, BLOCK_N], for parts [PARTS, M, N]."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(PARTS):
+        place = parts + part * M * N + (m[:, None] * N + n[None, :])
+        # Not from the L1 cache, which does not see what other programs write.
+        total += tl.load(place, mask=in_m[:, None] & in_n[None, :], other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -130,6 +144,7 @@ def decode_kernel(
     pivots,
     scatter,
     bias,
+    arrived,
     M,
     stride_a,
     stride_y,
@@ -150,11 +165,13 @@ def decode_kernel(
 
     a [M, K], w [N, K], y [M, ...], parts [cdiv(K, CHUNK), M, N] float32. The first row of the grid, there if needed,
     inverts `order` [OUT] into `inverse`, and puts `pivots` [M, FIRST] float32 into the first stored rows of y.
+    `arrived` [OUT - the first product's N] int32 is filled with zeros by the first product; the second, which has
+    `pivots`, counts there the programs that are done with their part of a tile, and the last one adds up the parts.
     """
     pid_n, pid_k = tl.program_id(0), tl.program_id(1)
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_m = m < M
-    aside: tl.constexpr = 1 if order is not None or pivots is not None else 0
+    aside: tl.constexpr = 1 if order is not None or pivots is not None or arrived is not None else 0
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
     if pid_k < aside:
@@ -162,6 +179,10 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         if order is not None:
             invert(order, inverse, pid_n, tl.num_programs(0), OUT, ASIDE)
+        if pivots is None and arrived is not None:
+            for start in range(pid_n * ASIDE, OUT - N, tl.num_programs(0) * ASIDE):
+                i = start + tl.arange(0, ASIDE)
+                tl.store(arrived + i, tl.zeros_like(i), mask=i < OUT - N)
         if pivots is not None:
             place_pivots(
                 pivots, y, m, in_m, stride_y, pid_n, tl.num_programs(0), FIRST, scatter, bias, ASIDE // BLOCK_M
@@ -182,6 +203,13 @@ def decode_kernel(
         if parts is not None:
             place = parts + part * M * N + (m[:, None] * N + n[None, :])
             tl.store(place, total, mask=in_m[:, None] & in_n[None, :])
+            if pivots is not None and arrived is not None:
+                PARTS: tl.constexpr = (K + CHUNK - 1) // CHUNK
+                tl.debug_barrier()  # all threads have stored before one says so
+                # The remainder: tuning launches the kernel many times with one `arrived`.
+                if tl.atomic_add(arrived + pid_n, 1, sem="acq_rel", scope="gpu") % PARTS == PARTS - 1:
+                    total = sum_of_parts(parts, m, n, in_m, in_n, M, N, PARTS, BLOCK_M, BLOCK_N)
+                    store_rows(total, y, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
         else:
             store_rows(total, y, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
 
@@ -209,10 +237,7 @@ def add_parts_kernel(
         tl.extra.cuda.gdc_wait()
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for part in range(PARTS):
-        place = parts + part * M * N + (m[:, None] * N + n[None, :])
-        total += tl.load(place, mask=in_m[:, None] & in_n[None, :], other=0.0)
+    total = sum_of_parts(parts, m, n, in_m, in_n, M, N, PARTS, BLOCK_M, BLOCK_N)
     store_rows(total, y, m, n, in_m, in_n, stride_y, FIRST, scatter, bias)
 
 
@@ -252,7 +277,14 @@ def decode(
     if not dependent:
         kernel, adding = wrap_triton(kernel), wrap_triton(adding)
 
+    def shares(w: Tensor) -> tuple[int, int]:
+        """How many terms of a sum are one program's, and how many programs share it."""
+        chunk = chunk_of_sum(*w.shape, fixed_decode_tile(w.shape[0], x.element_size(), block_m, hip))
+        return chunk, max(1, triton.cdiv(w.shape[1], chunk))
+
     inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
+    counted = tiles.LAST_ADDS and coeff.shape[0] > 0 and shares(coeff)[1] > 1
+    arrived = torch.empty(coeff.shape[0], dtype=torch.int32, device=x.device) if counted else None
 
     def multiply(a: Tensor, w: Tensor, y: Tensor, *, pivots: Tensor | None) -> None:
         rows, terms = w.shape
@@ -261,18 +293,18 @@ def decode(
         first = 0 if pivots is None else rank
         invert = order if pivots is None else None
         todo = (order, inverse, None, None, None) if pivots is None else (None, None, pivots, inverse, bias)
-        chunk = chunk_of_sum(rows, terms, tile)
-        splits = max(1, triton.cdiv(terms, chunk))
+        chunk, splits = shares(w)
         shared = splits > 1 and rows > 0
         parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device) if shared else None
-        aside = int(invert is not None or pivots is not None)
+        aside = int(invert is not None or pivots is not None or arrived is not None)
+        added = shared and (pivots is None or arrived is None)
         # Even with no row of its own the second product has y_p to put in place.
         kernel[lambda meta: (max(1, triton.cdiv(rows, meta["BLOCK_N"])), splits + aside)](
-            a, w, y, parts, *todo, tokens, a.stride(0), y.shape[1],
+            a, w, y, parts, *todo, arrived, tokens, a.stride(0), y.shape[1],
             N=rows, K=terms, FIRST=first, OUT=out, CHUNK=chunk, BUCKET=bucket, PRECISION=precision, **options,
-            **overlap(dependent, first=pivots is None, last=pivots is not None and not shared),
+            **overlap(dependent, first=pivots is None, last=pivots is not None and not added),
         )  # fmt: skip
-        if shared:
+        if added:
             adding[(triton.cdiv(rows, 128),)](
                 parts, y, *todo[3:], tokens, y.shape[1],
                 N=rows, FIRST=first, PARTS=splits, BLOCK_M=block_m, BLOCK_N=128,

@@ -96,6 +96,17 @@ def test_values_where_programs_share_a_sum(size: tuple[int, int, int], tokens: i
 
 @interpreted
 @pytest.mark.usefixtures("nan_in_new_tensors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", [EPILOGUES[0], EPILOGUES[-1]], ids=["order-bias", "plain"])
+def test_values_where_the_last_program_adds_the_parts(dtype: torch.dtype, epilogue, monkeypatch: pytest.MonkeyPatch):
+    from pifa_compiler.kernels import linear_triton_tiles
+
+    monkeypatch.setattr(linear_triton_tiles, "LAST_ADDS", True)
+    assert_errs_at_most_twice_as_much_as_torch(operands(1150, 30, 1100, 5, dtype, *epilogue))
+
+
+@interpreted
+@pytest.mark.usefixtures("nan_in_new_tensors")
 def test_values_over_several_groups_of_tiles():
     assert_errs_at_most_twice_as_much_as_torch(operands(150, 20, 70, 600, torch.float32, True, True))
 

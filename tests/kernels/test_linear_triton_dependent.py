@@ -10,7 +10,7 @@ from triton_interpreter import interpreted, run_without_interpreter
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from pifa_compiler.kernels import linear_triton_decode, linear_triton_siblings_decode
+from pifa_compiler.kernels import linear_triton_decode, linear_triton_siblings_decode, linear_triton_tiles
 
 
 class Launches(list):
@@ -46,6 +46,14 @@ def test_every_launch_but_the_first_begins_early_and_waits(size, count: int, mon
     assert [each.get("launch_pdl", False) for each in launches] == [False] + [True] * (count - 1)
     assert [each["WAIT"] for each in launches] == [False] + [True] * (count - 1)
     assert [each["SIGNAL"] for each in launches] == [True] * (count - 1) + [False]
+
+
+def test_no_launch_adds_parts_where_the_last_program_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear_triton_tiles, "LAST_ADDS", True)
+    launches = launches_of(monkeypatch, "decode", *operands(2200, 2500, 1100, 5), dependent=True)
+    # Only those of the first product; nothing in front of it could leave zeros to count from.
+    assert [each.get("PARTS") for each in launches] == [None, 3, None]
+    assert [(each["SIGNAL"], each["WAIT"]) for each in launches] == [(True, False), (True, True), (False, True)]
 
 
 def test_siblings_of_two_launches_each_overlap_by_twos(monkeypatch: pytest.MonkeyPatch):
