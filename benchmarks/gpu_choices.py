@@ -10,7 +10,8 @@ up to attention: query and key turned by their place, value as it is, all in the
     overlapping   the same with launches that overlap (`DEPENDENT_LAUNCH`), from compute capability 9.0 on
     multiplied    `gemm`, but value by z (P [I; coeff])^T, its order P in the rows of the factor that every call makes:
                   r * r more products for every token, and no gather
-    last adds     `kernels`, but the last program of a shared sum adds up its parts (`LAST_ADDS`), for 2 to 16 tokens
+    last adds     `kernels`, but the last program of a shared sum adds up its parts (`LAST_ADDS`), for 2 to 16 tokens;
+                  the same as `kernels` on AMD
     stored order  `gemm` without orders: what undoing them costs is the difference
 
 Every choice is compared with float64 first; a wrong one ends the run with exit code 1. Weights come from memory, calls

@@ -283,7 +283,7 @@ def decode(
         return chunk, max(1, triton.cdiv(w.shape[1], chunk))
 
     inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
-    counted = tiles.LAST_ADDS and coeff.shape[0] > 0 and shares(coeff)[1] > 1
+    counted = tiles.LAST_ADDS and not hip and coeff.shape[0] > 0 and shares(coeff)[1] > 1
     arrived = torch.empty(coeff.shape[0], dtype=torch.int32, device=x.device) if counted else None
 
     def multiply(a: Tensor, w: Tensor, y: Tensor, *, pivots: Tensor | None) -> None:

@@ -158,8 +158,10 @@ DEPENDENT_LAUNCH = False
 """Whether launches of decode overlap, where the chip can (`linear_triton_dependent`); not timed, so it is off."""
 
 LAST_ADDS = False
-"""Whether the last program of a shared sum of decode's second product adds up the parts, in place of a launch for that;
-not timed, so it is off."""
+"""Whether the last program of a shared sum of decode's second product adds up the parts, in place of a launch for that.
+
+Not timed, so it is off; never on AMD, where Triton's barrier does not wait for what the other waves of a program store.
+"""
 
 SPLITS = 4
 """The most programs that share one sum: what was best for 16 tokens at all three d."""
