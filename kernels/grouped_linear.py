@@ -20,7 +20,7 @@ def _grouped_linear_body(
     y_pivot = grouped_mm(x.to(w_pivot.dtype), w_pivot, ends)  # under autocast x may be of another dtype
     y = torch.cat((y_pivot, grouped_mm(y_pivot, coeff, ends)), dim=-1)
     if order is not None:
-        y = y.gather(-1, order[expert_of_rows(x, ends).clamp(max=len(order) - 1)])
+        y = undo_order(y, order, ends)
     return y if bias is None else add_bias(y, bias, ends)
 
 
@@ -33,10 +33,15 @@ def expert_of_rows(x: Tensor, ends: Tensor) -> Tensor:
     return torch.searchsorted(ends, rows, right=True)
 
 
+def undo_order(y: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """`y` [rows, out] with every row in the output order of its expert, of [experts, out]."""
+    return y.gather(-1, order.index_select(0, expert_of_rows(y, ends).clamp(max=len(order) - 1)))
+
+
 def add_bias(y: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
     """`y` [rows, out] plus the bias [experts, out] of every row's expert; rows from ends[-1] on stay as they are."""
     and_none = torch.nn.functional.pad(bias, (0, 0, 0, 1))
-    return y + and_none[expert_of_rows(y, ends)]
+    return y + and_none.index_select(0, expert_of_rows(y, ends))
 
 
 def grouped_linear(

@@ -22,6 +22,11 @@ def _reason_against(case: Case) -> str | None:
 
     if case.tokens != 1 and not config.max_autotune:
         return "for several tokens it has to be tuned (max_autotune)"
+    return why_not_here()
+
+
+def why_not_here() -> str | None:
+    """Why no Triton kernel of ours can run in this process, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed; pip install pifa-compiler[gpu]"
     if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..kernels import grouped_linear_cpu, linear_cpu, linear_gemm, linear_triton
+from ..kernels import grouped_linear_cpu, grouped_linear_triton, linear_cpu, linear_gemm, linear_triton
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from ..kernels.form import Case, Form
 from .rewrite import Rewrite, Skip
@@ -23,7 +23,10 @@ FORMS: Mapping[str, Sequence[Form]] = {
 }
 """By type of device; to torch AMD's GPUs are "cuda" as well. The first form that has nothing against it is taken."""
 
-GROUPED_FORMS: Mapping[str, Sequence[Form]] = {"cpu": (grouped_linear_cpu.FORM,)}
+GROUPED_FORMS: Mapping[str, Sequence[Form]] = {
+    "cpu": (grouped_linear_cpu.FORM,),
+    "cuda": (grouped_linear_triton.FORM,),
+}
 """The same of `pifa::grouped_linear`."""
 
 
