@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 import torch
 from pifa_compiler.kernels import linear, linear_ref
@@ -56,17 +57,29 @@ def operands(d_out: int, d_in: int, rank: int, tokens: int, dtype: torch.dtype) 
 
 
 def check(name: str, size: tuple[int, int, int]) -> list[str]:
-    """What values of either form are wrong for one dtype and size.
+    """What values of either form, and of the other ways to launch decode, are wrong for one dtype and size.
 
     Wrong are errors of more than twice torch's in the same dtype plus rounding: half a unit in the last place of the
     dtype for the result, and of float32 for each of the d_in terms that one program adds up in a row, where torch
     splits the sum; random errors grow with the root of their number.
     """
+    from gpu_choices import overlaps
+    from pifa_compiler.kernels import linear_triton_tiles as tiles
+    from pifa_compiler.kernels.linear_triton_dependent import decode_dependently
     from pifa_compiler.kernels.linear_triton_operator import linear_triton
     from torch._inductor import config
 
+    def last_adds(*values: Tensor | None) -> Tensor:
+        with mock.patch.object(tiles, "LAST_ADDS", True):
+            return linear_triton(*values)
+
+    def dependent(x: Tensor, *rest: Tensor | None) -> Tensor:
+        return decode_dependently(x, *rest, "ieee", False)
+
     config.max_autotune = False
-    forms: dict[str, Callable[..., Tensor]] = {"linear_triton": linear_triton, "linear_gemm": ordered_gemm}
+    always: dict[str, Callable[..., Tensor]] = {
+        "linear_triton": linear_triton, "last adds": last_adds, "linear_gemm": ordered_gemm
+    }  # fmt: skip
     wrong = []
     for tokens, ordered, biased in itertools.product(TOKENS, (True, False), (True, False)):
         x, w_pivot, coeff, order, bias = operands(*size, tokens, DTYPES[name])
@@ -75,7 +88,7 @@ def check(name: str, size: tuple[int, int, int]) -> list[str]:
         torch_error = (linear(x, w_pivot, coeff, o, b) - exact).abs().max().item()
         rounding = torch.finfo(DTYPES[name]).eps + torch.finfo(torch.float32).eps * size[1] ** 0.5
         bound = 2 * torch_error + rounding * exact.abs().max().item()
-        for form, run in forms.items():
+        for form, run in (always | ({"dependent": dependent} if overlaps(x) else {})).items():
             error = (run(x, w_pivot, coeff, o, b) - exact).abs().max().item()
             if not error <= bound:
                 wrong.append(f"WRONG {form} {name} {size} tokens {tokens} order {ordered} bias {biased}: "
@@ -92,7 +105,12 @@ def ordered_gemm(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None
 
 def check_siblings(name: str, which: str) -> list[str]:
     """What values of either form for siblings are wrong, weights side by side in memory or apart; as in `check`."""
+    from gpu_choices import overlaps
+    from pifa_compiler.kernels.linear_triton_dependent import decode_siblings_dependently
     from pifa_compiler.kernels.linear_triton_siblings import linear_siblings_triton
+
+    def dependent(x: Tensor, *rest: list[Tensor]) -> list[Tensor]:
+        return decode_siblings_dependently(x, *rest, "ieee", False)
 
     d_in, sizes = SIBLINGS[which]
     dtype = DTYPES[name]
@@ -104,9 +122,10 @@ def check_siblings(name: str, which: str) -> list[str]:
             lay_side_by_side(w_pivots)
             lay_side_by_side(coeffs)
         x = torch.randn(tokens, d_in, device="cuda").to(dtype)
-        for form in (linear_siblings_gemm, linear_siblings_triton, linear_siblings_batched):
+        forms = [linear_siblings_gemm, linear_siblings_triton, linear_siblings_batched]
+        for form in [*forms, dependent] if overlaps(x) else forms:
             behind = [(None, None)] * len(sizes)
-            if form is linear_siblings_triton:
+            if form in (linear_siblings_triton, dependent):
                 results, behind = form(x, w_pivots, coeffs, orders, biases), zip(orders, biases, strict=True)
             elif form is linear_siblings_batched:
                 if which != "equal":
