@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from pifa_compiler.kernels.grouped_linear_triton_operator import fixed_tile, grouped_kernel
 from pifa_compiler.kernels.linear_triton_decode import decode_kernel
 from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
 from pifa_compiler.kernels.linear_triton_siblings import siblings_kernel
@@ -34,7 +35,9 @@ from triton.compiler import ASTSource
 D_IN, RANK, OUT = 4096, 2048, 4096
 """Compiled for d = 4096 at half rank: the widths that matter are multiples of 16, as ranks are by default."""
 
-KERNELS = ("prefill", "decode1", "decode16", "siblings_prefill", "siblings_decode1", "siblings_decode16")
+KERNELS = ("prefill", "decode1", "decode16", "siblings_prefill", "siblings_decode1", "siblings_decode16", "grouped")
+
+EXPERTS = 128
 
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -83,7 +86,7 @@ class Case:
 
     Attributes:
         kernel: one of `KERNELS`: "decode1" is for one token, "decode16" for 2 to 16; those of siblings are compiled for
-            one weight of the whole size and two of a quarter of it.
+            one weight of the whole size and two of a quarter of it, "grouped" for experts.
         product: "pivots" (x w_pivot^T) or "rest" (y_p coeff^T).
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
@@ -138,6 +141,8 @@ def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The list that autotuning tries."""
     if kernel.startswith("siblings"):
         return siblings_tiles(ITEMSIZE[dtype], 17 if kernel.endswith("prefill") else _block_m(kernel), hip)
+    if kernel == "grouped":
+        return fixed_tiles_of(kernel, dtype, hip)  # it has no others
     if kernel.endswith("prefill"):
         return prefill_tiles(ITEMSIZE[dtype], hip)
     return decode_tiles(ITEMSIZE[dtype], _block_m(kernel), hip)
@@ -153,6 +158,8 @@ def fixed_tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     if kernel.startswith("siblings"):
         buckets = (128, 1024, 2**31) if kernel.endswith("prefill") else (_block_m(kernel),)
         found = [fixed_siblings_tile(rows, bucket, size, hip) for bucket in buckets for rows in (1, 2**31)]
+    elif kernel == "grouped":
+        found = [fixed_tile(rows, 1, d, size, hip) for rows in (1, 128, 1024, 2**31) for d in (1, 2**31)]
     elif kernel == "prefill":
         found = [fixed_prefill_tile(bucket, size, hip) for bucket in (128, 1024, 2**31)]
     else:
@@ -168,8 +175,8 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                 tiles = (fixed_tiles_of if fixed_only else tiles_of)(kernel, dtype, limits.hip)
                 two_ways = dtype == "fp32" and not kernel.endswith("decode1") and not limits.hip
                 precisions = ("ieee", "tf32") if two_ways else ("ieee",)
-                epilogues = (False,) if kernel.endswith("prefill") else (True, False)
-                can_overlap = limits.can_overlap and not kernel.endswith("prefill")
+                epilogues = (True, False) if "decode" in kernel else (False,)
+                can_overlap = limits.can_overlap and "decode" in kernel
                 for tile, precision, product, ordered in itertools.product(
                     tiles, precisions, ("pivots", "rest"), epilogues
                 ):
@@ -214,13 +221,19 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     first = case.product == "pivots"
     rows, terms = (RANK, D_IN) if first else (OUT - RANK, RANK)
     sizes: dict[str, object] = {"N": rows, "K": terms, "FIRST": 0 if first else RANK}
-    if not case.kernel.endswith("prefill"):
+    if "decode" in case.kernel:
         sizes |= {"SIGNAL": case.dependent and first, "WAIT": case.dependent and not first}
     common = {"BUCKET": 0, "PRECISION": case.precision, **case.tile.constants()}
     if case.kernel == "prefill":
         pointers = {"a": x if first else None, "w": x, "y": x}
         strides = {"M": "i32", "stride_a": "i32", "stride_y": "i32"}
         return prefill_kernel, {**pointers, **strides, **sizes, "GROUP": GROUP_M, **common}
+    if case.kernel == "grouped":
+        pointers = {"a": x if first else None, "w": x, "y": x, "ends": "*i64"}
+        strides = {"stride_a": "i32", "stride_y": "i32"}
+        experts = {"EXPERTS": EXPERTS, "BLOCK_E": EXPERTS}
+        del common["BUCKET"]
+        return grouped_kernel, {**pointers, **strides, **experts, **sizes, "GROUP": GROUP_M, **common}
     index, bias = ("*i32", x) if case.ordered else (None, None)
     if case.kernel.startswith("siblings"):
         overlap = {name: sizes[name] for name in ("SIGNAL", "WAIT") if name in sizes}
@@ -309,7 +322,8 @@ def faults(case: Case, figures: Figures) -> list[str]:
         found.append("no tensor-core instruction")
     if not figures.wide:
         found.append("no global load is 16 bytes wide")
-    if not case.ordered and figures.narrow:
+    indices = case.ordered or case.kernel == "grouped"  # are loaded as well
+    if not indices and figures.narrow:
         found.append(f"{figures.narrow} global loads are narrower than 16 bytes")
     if figures.shared > chip.shared_per_program:
         found.append(f"{figures.shared} bytes of shared memory, the chip gives {chip.shared_per_program}")
