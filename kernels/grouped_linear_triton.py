@@ -3,6 +3,7 @@
 The operator is in `grouped_linear_triton_operator`, which imports triton and is imported where a graph gets it.
 """
 
+import torch
 from torch import Tensor
 
 from .form import Case, Form
@@ -17,9 +18,9 @@ def _reason_against(case: Case) -> str | None:
 def _grouped_linear(
     x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None, ends: Tensor
 ) -> Tensor:
-    from .grouped_linear_triton_operator import grouped_linear_triton  # imports triton, so only here
+    from . import grouped_linear_triton_operator as _registers_the_operator  # noqa: F401  imports triton, so only here
 
-    result: Tensor = grouped_linear_triton(x, w_pivot, coeff, order, bias, ends)
+    result: Tensor = torch.ops.pifa.grouped_linear_triton.default(x, w_pivot, coeff, order, bias, ends)
     return result
 
 

@@ -14,6 +14,7 @@ from expert_models import (
     tiny_mixtral,
 )
 from graphs import low_rank
+from pifa_compiler.passes import Record
 from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
@@ -134,11 +135,15 @@ def test_compiled_and_exported_it_is_one_graph_that_computes_the_same():
     program = torch.export.export(pifa, given, dynamic_shapes=({0: tokens},) * 3, strict=False)
     names = [str(node.target) for node in program.graph.nodes if "pifa." in str(node.target)]
     assert names == ["pifa.grouped_linear.default", "pifa.grouped_mm.default"]
-    compiled = torch.compile(pifa, backend="pifa", fullgraph=True)
+    report: list[Record] = []
+    compiled = torch.compile(pifa, backend="pifa", fullgraph=True, options={"report": report})
     for more in (given, routed(21, torch.float32)):
         want = pifa(*more)
         assert torch.equal(program.module()(*more), want)
         torch.testing.assert_close(compiled(*more), want, rtol=1e-5, atol=1e-5)  # sums in another order
+    lowered = [str(record.outcome) for record in report if record.rule == "Lower"]
+    assert len(lowered) == 2  # fixed and varying tokens
+    assert all(name.startswith("grouped_linear_cpu") for name in lowered)
 
 
 def test_experts_that_are_not_known_say_why():

@@ -3,15 +3,16 @@ import re
 import pytest
 import torch
 from graphs import Capture, call, op_counts
-from pifa_compiler.kernels import linear_cpu, linear_ref, linear_triton
+from pifa_compiler.kernels import grouped_linear_ref, linear_cpu, linear_ref, linear_triton
 from pifa_compiler.kernels.form import Case, Form
 from pifa_compiler.passes import Lower, Skip, run_passes
-from pifa_compiler.passes.lower import FORMS, choose
+from pifa_compiler.passes.lower import FORMS, GROUPED_FORMS, choose
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
+from pifa_compiler.experts import PifaGroupedLinear
 from pifa_compiler.factors import factorize
 from pifa_compiler.linear import PifaLinear
 
@@ -135,6 +136,50 @@ def test_every_form_takes_the_arguments_of_the_operator_and_is_named_by_its_own(
         assert any(str(target) == f"pifa.{each.name}.default" for target in op_counts(traced))
         if each.name != "linear_triton":  # values of Triton's form: tests/kernels
             assert_close(traced(*values), linear_ref(*values), rtol=1e-4, atol=1e-5)
+
+
+def test_so_does_every_form_of_grouped_linears():
+    x, w_pivot, coeff = torch.randn(4, 16), torch.randn(2, 5, 16), torch.randn(2, 19, 5)
+    order, bias = torch.stack([torch.randperm(24), torch.randperm(24)]), torch.randn(2, 24)
+    values = x, w_pivot, coeff, order, bias, torch.tensor([1, 4])
+    for each in (form for forms in GROUPED_FORMS.values() for form in forms):
+        graph = torch.fx.Graph()
+        tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+        result = each.linear(*(torch.fx.Proxy(graph.placeholder(f"value{i}"), tracer) for i in range(len(values))))
+        graph.output(result.node)
+        traced = torch.fx.GraphModule(nn.Module(), graph)
+        assert any(str(target) == f"pifa.{each.name}.default" for target in op_counts(traced))
+        if each.name != "grouped_linear_triton":
+            assert_close(traced(*values), grouped_linear_ref(*values), rtol=1e-4, atol=1e-5)
+
+
+def grouped_layer() -> PifaGroupedLinear:
+    factors = [factorize(torch.randn(24, 16), rank=5) for _ in range(3)]
+    return PifaGroupedLinear.from_factors(factors, torch.randn(3, 24), requires_grad=False)
+
+
+def test_lower_takes_native_code_for_experts_on_cpus(capture: Capture):
+    model, given = grouped_layer(), (torch.randn(7, 16), torch.tensor([2, 2, 6]))
+    gm = capture(model, given)
+    (record,) = run_passes(gm, [Lower()])
+    assert record.outcome.startswith("grouped_linear_cpu")
+    assert op_counts(gm) == {pifa.grouped_linear_cpu.default: 1}
+    assert_close(call(gm, *given), model(*given), rtol=1e-4, atol=1e-5)  # the same sums in another order
+
+
+def test_lower_says_why_the_plain_subgraph_of_experts_stays(capture: Capture):
+    given = (torch.randn(7, 16), torch.tensor([2, 2, 6]))
+    gm = capture(grouped_layer(), given)
+    for rule, reason in (
+        (Lower(grouped_forms={}), "plain subgraph: there is no other form for cpu"),
+        (Lower(gradients=True), "plain subgraph: gradients are needed"),
+    ):
+        (record,) = run_passes(gm, [rule])
+        assert record.outcome == Skip(reason)
+    gm = capture(grouped_layer().double(), (given[0].double(), given[1]))
+    (record,) = run_passes(gm, [Lower()])
+    assert record.outcome == Skip("plain subgraph: no grouped_linear_cpu (it does not compute in torch.float64)")
+    assert op_counts(gm) == {pifa.grouped_linear.default: 1}
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
