@@ -29,7 +29,7 @@ from pifa_compiler.errors import CheckpointError, ConfigError, OffloadError, Pif
 from pifa_compiler.graph.capture import Captured
 from pifa_compiler.graph.weights import Weights, WeightsBesideConstants, WeightsInMemory
 from pifa_compiler.hf.stored_model import WeightsInFiles
-from pifa_compiler.reconstruction import value_store
+from pifa_compiler.reconstruction import needs, value_store
 from pifa_compiler.reconstruction.value_store import Room
 
 transformers = pytest.importorskip("transformers")
@@ -237,6 +237,17 @@ def test_the_plan_is_kept_and_writes_nothing(tmp_path):
     stored_bytes = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert stored_bytes == pytest.approx(plan.output, rel=0.25)  # tiny tensors have large headers
     assert plan.seconds > 0
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_the_plan_counts_what_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(needs, "_OF_TRAINED", 240)  # the logits take more than blocks of a tiny model
+    source, out = stored(tiny_llama(), tmp_path / "dense"), tmp_path / "out"
+    plain = plan_checkpoint(source, out, tokens(), CONFIG, memory=MEMORY).needs
+    refined = plan_checkpoint(source, out, tokens(), replace(CONFIG, refine=8), memory=MEMORY).needs
+    numbers = sum(weight.numel() for weight in tiny_llama().model.layers[0].mlp.parameters())
+    assert refined.block > 240 * numbers > plain.block
+    assert refined.products > plain.products
 
 
 # Stopped runs
