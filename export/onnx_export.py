@@ -198,10 +198,21 @@ def _check_dtypes(model: Any) -> None:
             )
 
 
+def _check_operators(program: "ExportedProgram") -> None:
+    """Refuses experts in PIFA form: onnxruntime has no product that gives every expert rows of its own."""
+    grouped = (torch.ops.pifa.grouped_linear.default, torch.ops.pifa.grouped_mm.default)
+    if any(node.target in grouped for node in program.graph.nodes):
+        raise ExportError(
+            "the model has experts in PIFA form, which cannot be written as ONNX; compress it without them "
+            '(skip), and model.set_experts_implementation("batched_mm"), which can'
+        )
+
+
 def _translate(call: _Call, opset: int) -> "ir.Model":
     from torch.onnx import OnnxExporterError
 
     program = call.module if isinstance(call.module, torch.export.ExportedProgram) else _capture(call)
+    _check_operators(program)
     try:
         written = torch.onnx.export(
             program,

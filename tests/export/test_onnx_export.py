@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from expert_models import put_experts_in_pifa_form, tiny_mixtral
 from graphs import low_rank
 from onnx.reference import ReferenceEvaluator
 from onnx_models import node_types, pifa_llama
@@ -280,3 +281,12 @@ def test_a_bad_path_is_refused_and_what_is_there_stays(
     with pytest.raises(ExportError, match=refused):
         to_onnx(tiny_llama(), tmp_path / name)
     assert made is None or (tmp_path / made).read_text() == "mine"
+
+
+@pytest.mark.parametrize("names", [None, ["down_proj"]], ids=["all", "down"])
+def test_experts_in_pifa_form_are_refused(names: list[str] | None, tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    put_experts_in_pifa_form(model, names=names)
+    with pytest.raises(ExportError, match="has experts in PIFA form, which cannot be written as ONNX"):
+        to_onnx(model, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
