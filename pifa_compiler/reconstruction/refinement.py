@@ -44,7 +44,7 @@ _STEPS_A_PASS = 8
 _EVALUATIONS = 10
 """Of the held-out batches, in the course of all steps."""
 
-_RATE, _WARMUP, _CLIP = 1e-4, 0.1, 1.0
+_RATE, _WARMUP, _CLIP = 3e-4, 0.1, 1.0
 """The highest learning rate, the share of steps until then, and the largest norm of a gradient."""
 
 
