@@ -15,9 +15,10 @@ from .exchange.allowed import Exchangeable
 from .exchange.atomic import Exchange
 from .exchange.enclosure import Enclosure
 from .exchange.expert_layers import ExpertLayers, find_experts, path_of, put_together
+from .exchange.heads_in_basis import put_heads_in_basis
 from .exchange.pairs import Pair, find_pairs, identity_behind, trace
 from .factors import PifaFactors, factorize_losslessly, stored_numbers
-from .graph.capture import Batch, capture
+from .graph.capture import Batch, Captured, capture
 from .linear import PifaLinear
 from .modules import attributes_of_its_own, bias_of, count_numbers, is_plain_linear, layer_of, weight_of
 from .numerics import own_numerics
@@ -29,7 +30,7 @@ _ZERO = Skip("weight is zero, which has no PIFA form")
 
 
 @own_numerics()
-def compact(model: nn.Module, example: Batch | None = None) -> Report:
+def compact(model: nn.Module, example: Batch | None = None, *, attention: bool = False) -> Report:
     """Brings every low-rank weight of a model into PIFA form, in place; outputs change by rounding only.
 
     Found are: linears that follow each other in the model's graph, U(V(x)), of which nothing else uses the parts (a
@@ -42,6 +43,8 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
         model: any module; the layers that change are replaced in it.
         example: one call to capture the model for, as in `compress`, on any device. None takes a Hugging Face model's
             own `dummy_inputs`; without either, the model is traced without values, where its code allows that.
+        attention: whether heads of attention are put into a basis of inputs too (`BasisLinear`): values, and keys where
+            nothing stands between them and queries. It takes a call to capture the model for.
 
     Returns:
         What was done: an entry for every linear or pair, those left alone with their reason.
@@ -54,7 +57,7 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
     refuse_other_quantization(model)
     report = Report("lossless", None, params_before=count_numbers(model))
     captured = _capture(model, example, report)
-    graph = _trace(model, report) if captured is None else captured
+    graph = _trace(model, report) if captured is None else captured.graph
     new = _NewLayers(model, graph, report)
     new.add_pairs()
     new.add_singular()
@@ -62,7 +65,11 @@ def compact(model: nn.Module, example: Batch | None = None) -> Report:
     if captured is None and any(isinstance(layer, PifaLinear) for layer in new.layers.values()):
         report.note("row orders stay: without an example it is not known what reads the outputs of a layer")
     elif captured is not None:
-        new.absorb(captured)
+        new.absorb(captured.graph)
+    if attention and captured is not None:
+        new.put_heads_in_basis(captured)
+    elif attention:
+        report.note("attention stays as it is: without an example it is not known what reads its heads")
     place = {name: index for index, (name, _) in enumerate(model.named_modules())}
     report.layers.sort(key=lambda layer: place.get(layer.name, len(place)))
     with Exchange() as exchange:
@@ -154,6 +161,14 @@ class _NewLayers:
             if note is not None:
                 self.report.layers[index] = replace(layer, notes=(*layer.notes, note))
 
+    def put_heads_in_basis(self, captured: Captured) -> None:
+        """Heads of attention, where the model's graph and its code show what reads them."""
+        done = put_heads_in_basis(self.model, captured, self._exchangeable, self.layers)
+        for index, layer in enumerate(self.report.layers):
+            layer = done.made.get(layer.name, layer)
+            notes = done.notes.get(layer.name, [])
+            self.report.layers[index] = replace(layer, notes=(*layer.notes, *notes))
+
     def _add_singular_parts(self, pair: Pair) -> bool:
         """Whether one of a pair's linears is singular by itself; then both are left to `add_singular`."""
         parts = {name: self.model.get_submodule(name) for name in (pair.first, pair.second)}
@@ -202,14 +217,14 @@ def _factors_of_pair(pair: Pair, u: torch.Tensor, v: torch.Tensor) -> PifaFactor
     return factors
 
 
-def _capture(model: nn.Module, example: Batch | None, report: Report) -> GraphModule | None:
-    """The model's graph; None, with a note in `report`, if there is nothing to call it with that fits."""
+def _capture(model: nn.Module, example: Batch | None, report: Report) -> Captured | None:
+    """The model captured; None, with a note in `report`, if there is nothing to call it with that fits."""
     call = example if example is not None else getattr(model, "dummy_inputs", None)
     if call is None:
         report.note("no example was given: the model is traced without values")
         return None
     try:
-        return capture(model, [call]).graph
+        return capture(model, [call])
     except CaptureError as error:
         if example is not None:
             raise

@@ -26,6 +26,10 @@ itself has a growth of 2, several that share their inputs the more the more they
 """
 
 
+SMALLEST_SIZE = 1e-3
+"""Of an input, relative to the largest: what an example shows as smaller than this may be larger elsewhere."""
+
+
 @dataclass(frozen=True)
 class HeadBasis:
     """Weights [heads, d, in] of heads in a basis of inputs.
@@ -36,7 +40,7 @@ class HeadBasis:
         change: C of each head, [heads, d, d], float64.
         rest: R of each head, [heads, d, in - d], float64.
         growth: the largest of the heads: how much more a weight C [I R] errs, whose R is rounded, than one rounded as
-            it is; the root of sum_k |C_k|^2 |R_k|^2 / |W|^2 over columns of C and rows of R.
+            it is; the root of sum_k |C_k|^2 |R_k|^2 / |W|^2 over columns of C and rows of R, for inputs of their sizes.
         condition: the largest of the changes', in the 2-norm.
     """
 
@@ -53,34 +57,34 @@ class HeadBasis:
         return float(self.rest.abs().max())
 
 
-def find_bases(weights: Tensor) -> list[HeadBasis]:
+def find_bases(weights: Tensor, sizes: Tensor | None = None) -> list[HeadBasis]:
     """As few bases as keep the precision of all heads, each for an equal number of heads that follow each other.
 
     Args:
-        weights: [heads, d, in], d < in.
+        weights, sizes: as of `find_basis`.
 
     Raises:
         RankError: as of `find_basis`; not even a basis for each head keeps it.
     """
     heads = len(weights)
-    sizes = [size for size in range(1, heads + 1) if heads % size == 0]
-    largest = 1
-    for size in sizes[1:]:  # the first heads show how many can share a basis
+    counts = [count for count in range(1, heads + 1) if heads % count == 0]
+    most = 1
+    for count in counts[1:]:  # the first heads show how many can share a basis
         try:
-            find_basis(weights[:size])
+            find_basis(weights[:count], sizes)
         except RankError:
             break
-        largest = size
-    for size in reversed(sizes[: sizes.index(largest) + 1]):
+        most = count
+    for count in reversed(counts[: counts.index(most) + 1]):
         try:
-            return [find_basis(group) for group in weights.split(size)]
+            return [find_basis(group, sizes) for group in weights.split(count)]
         except RankError:
-            if size == 1:
+            if count == 1:
                 raise
-    raise AssertionError("a size of 1 returns or raises")
+    raise AssertionError("a head by itself returns or raises")
 
 
-def find_basis(weights: Tensor) -> HeadBasis:
+def find_basis(weights: Tensor, sizes: Tensor | None = None) -> HeadBasis:
     """The basis of inputs that all heads share.
 
     Inputs are taken one by one, each the one that enlarges the volumes of the heads' C most, by the sum of logarithms,
@@ -88,6 +92,7 @@ def find_basis(weights: Tensor) -> HeadBasis:
 
     Args:
         weights: [heads, d, in] of any floating dtype, d < in.
+        sizes: root mean squares of the inputs, [in], which say what an error at each costs; None takes them for equal.
 
     Raises:
         RankError: there are no d inputs of which every head's columns are independent enough to keep its precision
@@ -97,7 +102,8 @@ def find_basis(weights: Tensor) -> HeadBasis:
     if not bool(torch.isfinite(weights).all()):
         raise RankError("the weight holds NaN or Inf; repair it")
     exact = weights.double()
-    inputs = _exchanged(exact, _greedy(exact))
+    scaled = exact if sizes is None else exact * sizes.double().clamp(min=SMALLEST_SIZE * float(sizes.max()))
+    inputs = _exchanged(scaled, _greedy(scaled))
     if inputs is None:
         raise RankError(f"no {d} inputs are a basis of all {heads} heads: the rows of a head depend on each other")
     inputs = inputs.sort().values
@@ -106,8 +112,9 @@ def find_basis(weights: Tensor) -> HeadBasis:
     others = torch.nonzero(is_other).squeeze(-1)
     change = exact[:, :, inputs]
     rest = torch.linalg.solve(change, exact[:, :, others])
-    terms = change.square().sum(1) * rest.square().sum(2)
-    growth = float((terms.sum(1) / exact.square().sum((1, 2))).sqrt().max())
+    own = scaled[:, :, inputs]
+    terms = own.square().sum(1) * torch.linalg.solve(own, scaled[:, :, others]).square().sum(2)
+    growth = float((terms.sum(1) / scaled.square().sum((1, 2))).sqrt().max())
     most = MOST_GROWTH[weights.dtype]
     if not growth <= most:
         raise RankError(

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .basis_linear import BasisLinear
 from .experts import PifaGroupedLinear
 from .factors import PifaFactors
 from .linear import PifaLinear
@@ -82,7 +83,8 @@ def embedding_storages(model: nn.Module) -> set[tuple[str, int]]:
 
 
 def count_numbers(model: nn.Module) -> int:
-    """Parameters of a model, shared ones once, and the pivot indices of its PIFA layers."""
+    """Parameters of a model, shared ones once, and what its layers store of pivots and orders."""
     pifa = (module for module in model.modules() if isinstance(module, PifaLinear | PifaGroupedLinear))
     pivots = sum(module.pivots.numel() for module in pifa)
-    return sum(parameter.numel() for parameter in model.parameters()) + pivots
+    orders = sum(module.order.numel() for module in model.modules() if isinstance(module, BasisLinear))
+    return sum(parameter.numel() for parameter in model.parameters()) + pivots + orders

@@ -33,6 +33,7 @@ class LayerReport:
             mean of its square; None where unknown.
         quality: of the factorization; of experts the worst.
         notes: what was out of the ordinary, such as a singular Gram matrix.
+        heads: how many of its heads are in a basis of inputs (`BasisLinear`); None in every other form.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerReport:
     error: float | None = None
     quality: FactorQuality | None = None
     notes: tuple[str, ...] = ()
+    heads: int | None = None
 
     @classmethod
     def of_factors(
@@ -269,7 +271,7 @@ class Report:
     @property
     def untouched(self) -> int:
         """Numbers of the whole model that are as they were: in no layer that is in PIFA form, but for its bias."""
-        return self.params_after - sum(layer.stored_after for layer in self.factorized)
+        return self.params_after - sum(layer.stored_after for layer in (*self.factorized, *self.in_basis))
 
     @property
     def untouched_by_kind(self) -> dict[str, int]:
@@ -293,7 +295,12 @@ class Report:
     @property
     def factorized(self) -> list[LayerReport]:
         """The layers in PIFA form."""
-        return [layer for layer in self.layers if layer.skipped is None]
+        return [layer for layer in self.layers if layer.skipped is None and layer.heads is None]
+
+    @property
+    def in_basis(self) -> list[LayerReport]:
+        """The layers whose heads are in a basis of inputs."""
+        return [layer for layer in self.layers if layer.heads is not None]
 
     @property
     def rest(self) -> str:
@@ -329,6 +336,9 @@ class Report:
             f"density {self.density:.4f}, {self.params_before:,} -> {self.params_after:,} parameters "
             f"({self.model_density:.4f} of the whole model) in {self.seconds:.1f} s"
         ]
+        if self.in_basis:
+            heads = sum(layer.heads or 0 for layer in self.in_basis)
+            lines.append(f"  {heads} heads of attention in a basis of inputs, in {len(self.in_basis)} layers")
         reasons: dict[str, int] = {}
         for layer in self.skipped:
             reasons[str(layer.skipped)] = reasons.get(str(layer.skipped), 0) + 1

@@ -145,9 +145,9 @@ def test_a_models_own_inputs_follow_it_to_its_device():
             return self.attention(self.embed(ids))
 
     model, report = Language().to("meta"), Report("lossless", None)  # no second device with values here
-    graph = _capture(model, None, report)
-    assert graph is not None
-    assert {node.meta["val"].device.type for node in graph.graph.find_nodes(op="placeholder")} == {"meta"}
+    captured = _capture(model, None, report)
+    assert captured is not None
+    assert {node.meta["val"].device.type for node in captured.graph.graph.find_nodes(op="placeholder")} == {"meta"}
 
 
 class Codec(nn.Module):

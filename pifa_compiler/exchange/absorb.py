@@ -156,7 +156,7 @@ def _layer_at(model: nn.Module, layers: Mapping[str, nn.Module], name: str) -> n
     return layers.get(name) or module_at(model, name)
 
 
-def _copy_of(layer: nn.Module) -> nn.Module:
+def copy_of(layer: nn.Module) -> nn.Module:
     """Another module with the same parameters, which can be given others."""
     other = copy.copy(layer)
     for table in ("_parameters", "_buffers", "_modules"):
@@ -177,7 +177,7 @@ def _of_one_order(layers: Sequence[PifaLinear]) -> list[PifaLinear]:
     dtype = layers[0].w_pivot.dtype
     found = []
     for layer, factors in zip(layers, factorize_jointly(pairs, dtype=dtype), strict=True):
-        other = _copy_of(layer)
+        other = copy_of(layer)
         assert isinstance(other, PifaLinear)  # noqa: S101  a copy of one
         other.w_pivot = nn.Parameter(factors.w_pivot, layer.w_pivot.requires_grad)
         other.coeff = nn.Parameter(factors.coeff, layer.coeff.requires_grad)
@@ -188,7 +188,7 @@ def _of_one_order(layers: Sequence[PifaLinear]) -> list[PifaLinear]:
 
 
 def _without_order(layer: PifaLinear, place: Tensor) -> PifaLinear:
-    other = _copy_of(layer)
+    other = copy_of(layer)
     assert isinstance(other, PifaLinear)  # noqa: S101  a copy of one
     other.pivots = torch.arange(layer.rank, dtype=layer.pivots.dtype, device=layer.pivots.device)
     other.restore_order()
@@ -199,7 +199,7 @@ def _without_order(layer: PifaLinear, place: Tensor) -> PifaLinear:
 
 def _with_columns(layer: nn.Module, place: Tensor) -> nn.Module:
     """The layer for inputs in the order `place`: the matrix that they meet first has its columns in that order."""
-    other = _copy_of(layer)
+    other = copy_of(layer)
     if isinstance(other, PifaLinear):
         other.w_pivot = nn.Parameter(other.w_pivot.detach()[:, place], other.w_pivot.requires_grad)
         return other

@@ -18,7 +18,7 @@ _FRAMEWORK = (
     *("abc", "typing", "torch.nn.modules.module", "torch.nn.modules.container"),
     *("torch.fx.graph_module", "transformers.modeling_utils", "transformers.generation", "transformers.integrations"),
     *("transformers.utils", "transformers.core_model_loading", "transformers.modeling_layers", "huggingface_hub"),
-    "transformers.distributed",
+    *("transformers.distributed", "transformers.models.whisper.generation_whisper"),
 )
 """Where code comes from that knows no single model's layers. What it does to all modules, it does to new ones too."""
 
