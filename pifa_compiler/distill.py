@@ -21,7 +21,7 @@ from .distillation.student import Student, copied, mesh_over, shard, trained_nam
 from .distillation.teacher import LiveTeacher, StoredTeacher, Teacher
 from .distillation.training import Progress, Training
 from .errors import CalibrationError, ConfigError
-from .experts import PifaGroupedLinear, dense_name
+from .experts import PifaGroupedLinear
 from .graph.capture import Batch
 from .linear import PifaLinear
 from .modules import count_numbers
@@ -176,7 +176,7 @@ def _report(model: nn.Module, known: Report | None, found: DistillReport) -> Rep
         for name, layer in model.named_modules():
             if isinstance(layer, PifaLinear | PifaGroupedLinear):
                 shape = (*layer.w_pivot.shape[:-2], layer.out_features, layer.in_features)
-                known.layers.append(LayerReport.of_factors(dense_name(name), shape, layer.rank, None))
+                known.layers.append(LayerReport.of_factors(name, shape, layer.rank, None))
         known.params_after = count_numbers(model)
         known.params_before = known.params_after + sum(
             layer.stored_before - layer.stored_after for layer in known.layers

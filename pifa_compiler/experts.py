@@ -106,12 +106,6 @@ def layer_name(place: str, projection: str) -> str:
     return f"{place}.pifa.{projection}"
 
 
-def dense_name(layer: str) -> str:
-    """What a layer in PIFA form was called when it was dense: as it is, unless it is one of experts."""
-    place, _, projection = layer.rpartition(".")
-    return f"{place.removesuffix('.pifa')}.{projection}" if place else layer
-
-
 @dataclass(frozen=True)
 class ExpertWeights:
     """One projection of all experts.

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..basis_linear import BasisLinear
 from ..drafts import delete_abandoned
 from ..errors import CheckpointError
 from ..exchange.atomic import Exchange
@@ -158,7 +159,7 @@ def load_pretrained(
 def describe_if_pretrained(model: Any, report: Report, exchange: Exchange) -> None:
     """Calls `describe` where there is something to describe: a Hugging Face model with layers in PIFA form."""
     pretrained = hasattr(model, "config") and hasattr(model, "save_pretrained")
-    if pretrained and any(isinstance(layer, WithRowOrder) for layer in model.modules()):
+    if pretrained and any(isinstance(layer, WithRowOrder | BasisLinear) for layer in model.modules()):
         from .quantizer import describe
 
         describe(model, report, exchange)
@@ -198,6 +199,7 @@ def _model_card(model: Any, settings: Mapping[str, Any]) -> str:
     requested, reached = settings["density_requested"], settings["density"]
     facts = [
         f"- layers in PIFA form: {len(all_ranks(settings))}",
+        *([f"- layers with heads in a basis of inputs: {len(settings['bases'])}"] if "bases" in settings else []),
         f"- made by: {settings['method'] or 'unknown'}",
         ("- density: unknown" if reached is None else f"- density: {reached:.4f}")
         + ("" if requested is None else f" (asked for: {requested})"),

@@ -18,11 +18,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..errors import CheckpointError
 from ..experts import layer_name
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
 
-1 says which layers are in PIFA form; 2 says of which pairs of linears besides, and 3 of which projections of experts;
-each is written where there is something that the one before does not know.
+1 says which layers are in PIFA form; 2 says of which pairs of linears besides, 3 of which projections of experts, and 4
+of which layers heads are in a basis of inputs; each is written where there is something that the one before does not know.
 """
 
 QUANT_METHOD = "pifa"
@@ -236,10 +236,11 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             f"{where}: format {found} is newer than this pifa-compiler, which reads up to {FORMAT_VERSION}; "
             "install a newer pifa-compiler"
         )
-    ranks, experts = settings.get("ranks"), settings.get("experts")
-    if not isinstance(ranks, dict) or not (ranks or experts):
+    ranks, experts, bases = (settings.get(key) for key in ("ranks", "experts", "bases"))
+    if not isinstance(ranks, dict) or not (ranks or experts or bases):
         raise CheckpointError(f"{where}: wanted `ranks`, a table of layer names, got {ranks!r:.80}; it is damaged")
     _check_experts(experts, found, where)
+    _check_bases(bases, ranks, found, where)
     for name, rank in all_ranks(settings).items():
         if not _is_count(rank):
             raise CheckpointError(f"{where}: {name}: wanted a rank of 1 or more, got {rank!r:.80}; it is damaged")
@@ -270,6 +271,30 @@ def _check_experts(experts: object, format_version: int, where: str) -> None:
             f"{where}: wanted `experts`, a table of tables of ranks, of format 3 or newer, got {experts!r:.80}; "
             "it is damaged"
         )
+
+
+def _check_bases(bases: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:
+    if bases is None:
+        return
+    tables = bases.items() if isinstance(bases, dict) and format_version >= 4 else [("", None)]
+    for name, sizes in tables:
+        known = isinstance(sizes, dict) and sizes.keys() == {"head_features", "heads", "groups"}
+        if not known or name in ranks or not all(map(_is_count, sizes.values())):
+            raise CheckpointError(
+                f"{where}: {name}: wanted `bases`, a table of layers that are not in `ranks`, of format 4 or newer, "
+                f"each with head_features, heads and groups, got {sizes!r:.80}; it is damaged"
+            )
+
+
+def check_order(order: Tensor, name: str) -> None:
+    """Refuses orders [groups, in] that do not have every input once.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    numbers = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
+    if order.is_meta or not torch.equal(order.sort(dim=-1).values, numbers.expand_as(order)):
+        raise CheckpointError(f"{name}.order: wanted every input once in each row; the file is damaged or incomplete")
 
 
 def _check_pairs(pairs: object, ranks: Mapping[str, int], format_version: int, where: str) -> None:

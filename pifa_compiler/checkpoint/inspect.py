@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..drafts import delete_abandoned
 from ..errors import CheckpointError
-from ..experts import dense_name
 from ..factors import rounding_error, stored_numbers
 from .checksums import verify_checksums
 from .format import FLOATING, all_ranks, open_tensors, read_report, read_settings, weight_files
@@ -139,9 +138,10 @@ def _measure_layers(folder: Path, ranks: dict[str, int]) -> dict[str, Layer]:
         for name, parts in whole.items():
             w_pivot, coeff = (parts[part].get_tensor(f"{name}.{part}") for part in ("w_pivot", "coeff"))
             measured[name] = _measure(name, w_pivot, coeff)
+    # transformers renames tensors of some architectures when it saves.
     own_names = dict(zip(sorted(measured.keys() - ranks), sorted(ranks.keys() - measured.keys()), strict=True))
-    named = [(own_names.get(name, name), layer) for name, layer in measured.items()]
-    return {name: replace(layer, name=name) for name, layer in ((dense_name(name), layer) for name, layer in named)}
+    renamed = [replace(layer, name=own_names.get(name, name)) for name, layer in measured.items()]
+    return {layer.name: layer for layer in renamed}
 
 
 def _measure(name: str, w_pivot: Tensor, coeff: Tensor) -> Layer:

@@ -18,7 +18,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import CheckpointError
+from ..basis_linear import BasisLinear
+from ..errors import CheckpointError, ConfigError
 from ..exchange.atomic import Exchange
 from ..exchange.attention_layers import take_apart
 from ..exchange.pairs import chain_of, identity_behind, split_pairs
@@ -32,6 +33,7 @@ from .format import (
     QUANT_METHOD,
     LayerShape,
     all_ranks,
+    check_order,
     check_pivots,
     check_settings,
     check_tensors,
@@ -57,6 +59,7 @@ class PifaConfig(QuantizationConfigMixin):
         pairs: for a layer that is the product of two linears, in the place of the first, the name of the second, where
             an identity stands.
         experts: name of each module of experts in PIFA form, and the ranks of those of its projections that are.
+        bases: name of each layer of which heads are in a basis of inputs, and its head_features, heads and groups.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class PifaConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         pairs: dict[str, str] | None = None,
         experts: dict[str, dict[str, int]] | None = None,
+        bases: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.quant_method: Any = quant_method  # transformers' own are an enumeration, others are plain strings
         self.format_version = format_version
@@ -82,6 +86,8 @@ class PifaConfig(QuantizationConfigMixin):
             self.pairs = dict(pairs)
         if experts:
             self.experts = {name: dict(held) for name, held in experts.items()}
+        if bases:
+            self.bases = {name: dict(held) for name, held in bases.items()}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -91,7 +97,8 @@ class PifaConfig(QuantizationConfigMixin):
             CheckpointError: they are of a newer format, or are not what this format says.
         """
         check_settings(config_dict, "config.json")
-        known = ("ranks", "method", "density_requested", "density", "versions", "format_version", "pairs", "experts")
+        known = ("ranks", "method", "density_requested", "density", "versions", "format_version")
+        known = (*known, "pairs", "experts", "bases")
         config = cls(**{key: config_dict[key] for key in known if key in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -137,6 +144,8 @@ class PifaHfQuantizer(HfQuantizer):
             empty = {name: _empty_experts_layer(layer, experts) for name, layer in layers.items()}
             model.set_submodule(place, PifaExperts.of(experts, empty))
             shapes |= {layer_name(saved_place, name): layer for name, layer in layers.items()}
+        for name, layer in place_bases(model, self.quantization_config).items():
+            model.set_submodule(name, layer)
         if checkpoint_files:
             check_tensors(checkpoint_files, all_ranks(vars(self.quantization_config)), shapes, model)
         # The guard of `add_guard` is expected, whichever layer it stands at.
@@ -154,6 +163,8 @@ class PifaHfQuantizer(HfQuantizer):
                 if isinstance(module, PifaLinear):
                     module.__class__ = PifaLinear
                 module.restore_order()
+            elif isinstance(module, BasisLinear):
+                check_order(module.order, name)
         # Factors are ordinary floating-point parameters: half(), float() and training need no special care.
         model.is_quantized = False
 
@@ -208,7 +219,12 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
         for name, module in model.named_modules()
         if isinstance(module, PifaExperts) and module.pifa
     }
-    if not ranks and not experts:
+    bases = {
+        name: {"head_features": layer.head_features, "heads": layer.heads, "groups": layer.groups}
+        for name, layer in model.named_modules()
+        if isinstance(layer, BasisLinear)
+    }
+    if not ranks and not experts and not bases:
         raise CheckpointError(
             "no layer of this model is in PIFA form: compress() it first, or call its own save_pretrained"
         )
@@ -224,9 +240,10 @@ def describe(model: Any, report: Report | None = None, exchange: Exchange | None
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
-        format_version=3 if experts else 2 if pairs else 1,
+        format_version=4 if bases else 3 if experts else 2 if pairs else 1,
         pairs=pairs,
         experts=experts,
+        bases=bases,
     )
     with Exchange() if exchange is None else nullcontext(exchange) as block:
         attach(model, config, block)
@@ -263,7 +280,7 @@ def _guards(model: Any) -> dict[str, tuple[int, ...]]:
     """Names of dense weights that a model has no more, and a shape that none has; those of linear layers first."""
     modules = list(model.named_modules())
     guards: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": (1,) for name, module in modules if isinstance(module, PifaLinear)
+        f"{name}.weight": (1,) for name, module in modules if isinstance(module, PifaLinear | BasisLinear)
     }
     for place, module in modules:
         if isinstance(module, PifaExperts):
@@ -349,6 +366,28 @@ def place_experts(model: Any, config: PifaConfig) -> dict[str, tuple[str, dict[s
     return placed
 
 
+def place_bases(model: Any, config: PifaConfig) -> dict[str, BasisLinear]:
+    """The layers of a saved model of which heads are in a basis of inputs, without values, by their names in `model`.
+
+    Raises:
+        CheckpointError: the model has no such linear layer, or one of another shape.
+    """
+    placed = {}
+    for saved_name, sizes in getattr(config, "bases", {}).items():
+        name = _place_of(saved_name, model)
+        if name is None:
+            continue
+        dense = model.get_submodule(name)
+        d_out, d_in = _dense_shape(dense)
+        try:
+            placed[name] = BasisLinear(
+                d_in, d_out, **sizes, bias=dense.bias is not None, device="meta", dtype=dense.weight.dtype
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{saved_name}: {error}; the folder does not fit its model") from error
+    return placed
+
+
 def check_loadable(model: Any, config: PifaConfig) -> None:
     """Refuses to save layers that no loader could put back: where the model's own class has no such linears.
 
@@ -373,6 +412,9 @@ def check_loadable(model: Any, config: PifaConfig) -> None:
             found = LayerShape(layer.out_features, layer.in_features, layer.rank, layer.bias is not None, experts)
             if found != wanted:
                 raise CheckpointError(f"{name}: a {type(model).__name__} has {wanted} there, this model {found}")
+        for name, empty in place_bases(fresh, config).items():
+            if str(empty) != str(model.get_submodule(name)):  # which show all their sizes
+                raise CheckpointError(f"{name}: a {type(model).__name__} has {empty} there")
     except CheckpointError as error:
         raise CheckpointError(
             f"this model could not be loaded again ({error}); save its state_dict() with safetensors.torch, and load "

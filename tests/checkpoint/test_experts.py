@@ -99,9 +99,9 @@ def test_linears_and_experts_are_saved_together(tmp_path):
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / "m").layers[0].mlp.experts, PifaExperts)
     layers = {layer.name: (layer.shape, layer.rank) for layer in inspect(tmp_path / "m").layers}
     assert layers == {
-        f"{EXPERTS}.gate_proj": ((4, 48, 32), 8),
-        f"{EXPERTS}.up_proj": ((4, 48, 32), 8),
-        f"{EXPERTS}.down_proj": ((4, 32, 48), 8),
+        f"{EXPERTS}.pifa.gate_proj": ((4, 48, 32), 8),
+        f"{EXPERTS}.pifa.up_proj": ((4, 48, 32), 8),
+        f"{EXPERTS}.pifa.down_proj": ((4, 32, 48), 8),
         "model.layers.0.self_attn.o_proj": ((32, 32), 5),
     }
     (first,) = (layer for layer in inspect(tmp_path / "m").layers if layer.name.endswith("up_proj"))
