@@ -91,8 +91,8 @@ class Case:
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
         ordered: with order and bias, in decode only; without, all loads that are left are of the matrices.
-        dependent: by launches that overlap, in decode only and on chips that can.
-        counted: with sums that the last of several programs adds up, in decode16 of one linear and not on AMD.
+        dependent: by launches that overlap, in decode in bf16 only and on chips that can.
+        counted: with sums that the last of several programs adds up, in decode16 of one linear in bf16 and not on AMD.
     """
 
     kernel: str
@@ -176,7 +176,8 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                 two_ways = dtype == "fp32" and not kernel.endswith("decode1") and not limits.hip
                 precisions = ("ieee", "tf32") if two_ways else ("ieee",)
                 epilogues = (True, False) if "decode" in kernel else (False,)
-                can_overlap = limits.can_overlap and "decode" in kernel
+                can_overlap = limits.can_overlap and dtype == "bf16" and "decode" in kernel
+                can_count = not limits.hip and dtype == "bf16" and kernel == "decode16"
                 for tile, precision, product, ordered in itertools.product(
                     tiles, precisions, ("pivots", "rest"), epilogues
                 ):
@@ -184,7 +185,7 @@ def cases(*, fixed_only: bool = False) -> Iterator[Case]:
                     yield case
                     if can_overlap and not ordered:
                         yield dataclasses.replace(case, dependent=True)
-                    if kernel == "decode16" and ordered and not limits.hip:
+                    if can_count and ordered:
                         yield dataclasses.replace(case, counted=True)
 
 
