@@ -279,8 +279,9 @@ def decode(
 
     def shares(w: Tensor) -> tuple[int, int]:
         """How many terms of a sum are one program's, and how many programs share it."""
-        chunk = chunk_of_sum(*w.shape, fixed_decode_tile(w.shape[0], x.element_size(), block_m, hip))
-        return chunk, max(1, triton.cdiv(w.shape[1], chunk))
+        rows, terms = w.shape
+        chunk = chunk_of_sum(rows, terms, fixed_decode_tile(rows, x.element_size(), block_m, hip))
+        return chunk, max(1, triton.cdiv(terms, chunk))
 
     inverse = None if order is None else torch.empty(out, dtype=torch.int32, device=x.device)
     counted = tiles.LAST_ADDS and not hip and coeff.shape[0] > 0 and shares(coeff)[1] > 1

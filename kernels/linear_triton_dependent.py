@@ -46,17 +46,17 @@ def _decode_siblings(
     return decode_siblings(x, w_pivots, coeffs, orders, biases, precision=precision, tune=tune, dependent=True)
 
 
-decode_dependently: Any = torch.library.custom_op("pifa::linear_triton_dependent", _decode, mutates_args=())
-decode_siblings_dependently: Any = torch.library.custom_op(
-    "pifa::linear_siblings_triton_dependent", _decode_siblings, mutates_args=()
-)
-
-
-@decode_dependently.register_fake
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], w_pivot.shape[0] + coeff.shape[0])
 
 
-@decode_siblings_dependently.register_fake
 def _shapes(x: Tensor, w_pivots: list[Tensor], coeffs: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], w.shape[0] + c.shape[0]) for w, c in zip(w_pivots, coeffs, strict=True)]
+
+
+decode_dependently: Any = torch.library.custom_op("pifa::linear_triton_dependent", _decode, mutates_args=())
+decode_siblings_dependently: Any = torch.library.custom_op(
+    "pifa::linear_siblings_triton_dependent", _decode_siblings, mutates_args=()
+)
+decode_dependently.register_fake(_shape)
+decode_siblings_dependently.register_fake(_shapes)

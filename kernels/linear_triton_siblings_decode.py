@@ -191,8 +191,10 @@ def _decode(
         scatters = [torch.empty(out, dtype=torch.int32, device=x.device) for out in outs]
 
     def multiply(a: Sequence[Tensor], weights: Sequence[Tensor], y: Sequence[Tensor], *, pivots: bool) -> None:
-        (n0, k0), (n1, k1), (n2, k2) = [*(w.shape for w in weights), *[(0, weights[0].shape[1])] * (AT_ONCE - len(y))]
-        out0, out1, out2 = [*outs, *[0] * (AT_ONCE - len(y))]
+        missing = AT_ONCE - len(y)
+        n0, n1, n2 = [w.shape[0] for w in weights] + [0] * missing
+        k0, k1, k2 = [w.shape[1] for w in weights] + [weights[0].shape[1]] * missing
+        out0, out1, out2 = outs + [0] * missing
         tile = fixed_siblings_tile(max(n0, n1, n2), bucket, itemsize, hip)
         asides = triton.cdiv(max(outs), ASIDE.value) if pivots else triton.cdiv(max(ranks), ASIDE.value // bucket)
         if pivots and scatters[0] is None:
