@@ -92,7 +92,7 @@ class Case:
         precision: of float32 products, "ieee" or "tf32".
         ordered: with order and bias, in decode only; without, all loads that are left are of the matrices.
         dependent: by launches that overlap, in decode in bf16 only and on chips that can.
-        counted: with sums that the last of several programs adds up, in decode16 of one linear in bf16, not on AMD and for
+        counted: with sums that the last of several programs adds up, in decode16 of one linear in bf16, not on AMD; for
             the fixed tile: 16x32x256-w4-s4, which tuning tries as well, then spills 8 bytes on sm_100.
     """
 
