@@ -43,7 +43,5 @@ def find_picks(graph: GraphModule) -> dict[Node, Pick]:
 def _rows(node: Node) -> str | None:
     """The number of rows of a value, a symbol, if it depends on what was computed before."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(value.shape[0], torch.SymInt):
-        return None
-    size = value.shape[0].node
-    return str(size) if size.has_hint() is False else None
+    size: object = value.shape[0] if isinstance(value, Tensor) and value.ndim > 0 else None
+    return str(size) if isinstance(size, torch.SymInt) and not size.node.has_hint() else None

@@ -6,6 +6,9 @@ for n tokens of d channels that all vary alike, its eigenvalues spread over (1 +
 tokens of the layer's experts, which both models compute alike. Their inputs have the channels of the residual stream in
 common. Channels between an expert's own linears mean nothing to another: there the mean of many is about a multiple of
 the identity, which is the damping that is wanted. An expert without any token is left with the mean.
+
+Gradients at what experts add to the residual stream hardly depend on the expert: there the mean is taken for all, which
+loses nothing that could be measured and spares a matrix [hidden, hidden] for each.
 """
 
 from collections.abc import Mapping
@@ -57,12 +60,15 @@ class ExpertMeans:
         self._shapes: dict[Node, tuple[int, int]] = {}
         self._inputs: dict[Node, _Sum] = {}
         self._outputs: dict[Node, _Sum] = {}
+        self._residual: set[Node] = set()
         sums: dict[object, _Sum] = {}
         for node, linear in found.items():
             if linear.projection is not None:
                 self._shapes[node] = linear.shape
                 self._inputs[node] = sums.setdefault(linear.projection.together, _Sum())  # gate and up read the same
-                self._outputs[node] = sums.setdefault(linear.projection.path, _Sum())
+                self._outputs[node] = sums.setdefault((linear.projection.path, "outputs"), _Sum())
+                if linear.projection.path.endswith(".down_proj"):
+                    self._residual.add(node)
         self._tokens: dict[Node, int] = {}
 
     def __bool__(self) -> bool:
@@ -102,14 +108,28 @@ class ExpertMeans:
             tokens=tokens,
         )
 
-    def complete_gradients(self, grams: Mapping[str, Tensor]) -> dict[Node, Tensor]:
-        """Of the Gram matrices of gradients, by the names of weights, those of few tokens, completed likewise."""
-        completed: dict[Node, Tensor] = {}
+    def own_gradients(self, node: Node, gram: Tensor | None) -> Tensor | None:
+        """The Gram matrix of the gradients at the output of a linear, or None where the mean is taken for all."""
+        return None if node in self._residual else gram
+
+    def gradients(self, grams: Mapping[str, Tensor]) -> dict[Node, Tensor]:
+        """The Gram matrices of gradients of experts where they are others than their own.
+
+        Args:
+            grams: their own, by the names of weights.
+        """
+        found: dict[Node, Tensor] = {}
+        means: dict[int, Tensor] = {}
         for node, tokens in self._tokens.items():
-            lacking, gram = self._lacking(node, tokens, of_inputs=False), grams.get(weight_name(node))
-            if gram is not None and lacking > 0 and self._outputs[node].tokens > 0:
-                completed[node] = (gram.double() + self._outputs[node].of(lacking)["gram"]).to(gram.dtype)
-        return completed
+            outputs, gram = self._outputs[node], grams.get(weight_name(node))
+            lacking = self._lacking(node, tokens, of_inputs=False)
+            if outputs.tokens == 0:
+                continue
+            if node in self._residual:
+                found[node] = means.setdefault(id(outputs), outputs.of(1)["gram"].float())
+            elif gram is not None and lacking > 0:
+                found[node] = (gram.double() + outputs.of(lacking)["gram"]).to(gram.dtype)
+        return found
 
     def _lacking(self, node: Node, tokens: int, *, of_inputs: bool) -> int:
         """How many tokens an expert lacks; 0 of other linears."""

@@ -169,8 +169,9 @@ class Reconstruction:
             self._take(self.statistics, allocator, gradients=wants_gradients)
         elif wants_gradients or wants_ranks or self._shared or self._means:
             self._sum(allocator, gradients=wants_gradients)
-        for node, gram in self._means.complete_gradients(self.results.gradient_grams).items():
-            self.results.add_linear(node, self.results.seen(node) or Seen(), gram)
+        if self.no_gradients is None:
+            for node, gram in self._means.gradients(self.results.gradient_grams).items():
+                self.results.add_linear(node, self.results.seen(node) or Seen(), gram)
 
     def _take(self, statistics: DenseStatistics, allocator: Allocator, *, gradients: bool) -> None:
         self.no_gradients = statistics.no_gradients if gradients else None
@@ -201,7 +202,8 @@ class Reconstruction:
             for each in self.processes.gather(looked):
                 looked |= each
             for node, sums in linears.items():
-                self.results.add_linear(node, looked[node.name], sums.gradient_gram)
+                gram = self._means.own_gradients(node, sums.gradient_gram)
+                self.results.add_linear(node, looked[node.name], gram)
                 if node in self._shared:
                     self._inputs_of_shared[node] = sums.statistics()
             self._means.add(linears)

@@ -15,15 +15,15 @@ D_OUT, D_IN = 6, 4
 ENOUGH = TOKENS_A_CHANNEL * D_IN
 
 
-def linears(count: int) -> tuple[ExpertMeans, list[Node]]:
+def linears(count: int, name: str = "up_proj") -> tuple[ExpertMeans, list[Node]]:
     """The same projection of several experts, and a linear of none."""
     graph, found, nodes = Graph(), dict[Node, FoundLinear](), list[Node]()
     x = graph.placeholder("x")
     for expert in range(count + 1):
-        weight = graph.get_attr(f"experts.up_proj.{expert}.weight")
+        weight = graph.get_attr(f"experts.{name}.{expert}.weight")
         nodes.append(graph.call_function(torch.ops.aten.linear.default, (x, weight)))
-        projection = Projection("experts.up_proj", count, ("experts.up_proj",)) if expert < count else None
-        found[nodes[-1]] = FoundLinear(f"experts.up_proj.{expert}", (D_OUT, D_IN), projection)
+        projection = Projection(f"experts.{name}", count, (f"experts.{name}",)) if expert < count else None
+        found[nodes[-1]] = FoundLinear(f"experts.{name}.{expert}", (D_OUT, D_IN), projection)
     return ExpertMeans(found), nodes
 
 
@@ -68,12 +68,25 @@ def test_gradients_are_completed_likewise():
     gradients = [torch.randn(n, D_OUT) for n in (TOKENS_A_CHANNEL * D_OUT, 5)]
     means.add({node: sums(torch.randn(len(g), D_IN), g) for node, g in zip(nodes, gradients, strict=False)})
     grams = {f"experts.up_proj.{expert}.weight": g.T @ g for expert, g in enumerate(gradients)}
-    found = means.complete_gradients(grams)
+    found = means.gradients(grams)
     assert list(found) == [nodes[1]]
     every = torch.cat(gradients)
     lacking = TOKENS_A_CHANNEL * D_OUT - 5
     assert_close(found[nodes[1]], grams["experts.up_proj.1.weight"] + lacking * every.T @ every / len(every))
-    assert means.complete_gradients({}) == {}
+    assert means.gradients({}) == {}
+    assert means.own_gradients(nodes[0], every) is every
+
+
+def test_in_front_of_the_residual_stream_all_have_the_mean_of_gradients():
+    torch.manual_seed(0)
+    means, nodes = linears(2, "down_proj")
+    gradients = [torch.randn(n, D_OUT) for n in (TOKENS_A_CHANNEL * D_OUT, 0)]
+    means.add({node: sums(torch.randn(len(g), D_IN), g) for node, g in zip(nodes, gradients, strict=False)})
+    found = means.gradients({})
+    assert found[nodes[0]] is found[nodes[1]]
+    assert_close(found[nodes[0]], gradients[0].T @ gradients[0] / len(gradients[0]))
+    assert means.own_gradients(nodes[0], gradients[0]) is None
+    assert means.own_gradients(nodes[2], gradients[0]) is gradients[0]
 
 
 def test_a_walk_that_begins_again_counts_no_token_twice():
