@@ -150,10 +150,16 @@ def test_code_of_large_models_runs(world: dict[str, Any]):
     assert isinstance(world["pc"].load_pretrained("model-pifa").model.layers[0].mlp.down_proj, PifaLinear)
 
 
+def test_code_of_attention_runs(world: dict[str, Any]):
+    run(ROOT / "docs" / "attention.md", world)
+    assert "4 heads of attention in a basis of inputs, in 2 layers" in str(world["report"])
+
+
 def test_all_documents_with_code_are_run():
     with_code = {file.name for file in DOCUMENTS if blocks(file, "python")}
     others = {
         "architecture.md",
+        "attention.md",
         "checkpoint-format.md",
         "distillation.md",
         "large-models.md",
