@@ -41,7 +41,7 @@ def distill_verb(
     seqlen: Seqlen = 2048,
     windows_per_step: Annotated[int, typer.Option(min=1, help="Windows of text for one update.")] = 8,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest; it ends at 0. Default: 1e-4 to 3e-4, by the tokens of a step.")
+        float | None, typer.Option(help="The highest; it ends at 0. Default: see docs/distillation.md.")
     ] = None,
     train: Annotated[
         list[str] | None,

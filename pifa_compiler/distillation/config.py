@@ -18,7 +18,8 @@ class DistillConfig:
         steps: updates of the weights.
         minutes: of wall time, evaluations included; the learning rate comes to its end with them.
         learning_rate: of AdamW, the highest; it rises over the share `warmup` of the run and falls to 0 as a cosine.
-            None takes 1e-4 for steps of 1024 tokens or fewer, and for larger ones more, by the root, 3e-4 at most.
+            None takes 1e-4 for steps of 1024 tokens or fewer, and for larger ones more, by the root, 3e-4 at most;
+            of students whose predictions are less than a nat away from the teacher's, that part of it.
         warmup: in [0, 1).
         batches_per_step: whose gradients are added up for one step.
         clip: the largest norm of a step's gradient; longer ones are shortened.

@@ -6,7 +6,10 @@ from ..schedule import learning_rate
 from .config import DistillConfig
 
 _RATE, _AT_TOKENS, _HIGHEST_RATE = 1e-4, 1024, 3e-4
-"""The first updates are as large as the rate in every number; how much of them is noise, a step's tokens say."""
+"""The first updates are as large as the rate in every number; how much of them is noise, a step's tokens say.
+
+That of a student whose predictions are a nat or more away from the teacher's: see `Schedule.start`.
+"""
 
 
 class Schedule:
@@ -25,6 +28,15 @@ class Schedule:
         self.config = config
         self.highest = config.learning_rate or min(_RATE * math.sqrt(max(tokens / _AT_TOKENS, 1)), _HIGHEST_RATE)
         self.reserve = 0.0
+
+    def start(self, divergence: float) -> None:
+        """Takes a smaller rate where the student starts near its teacher, unless the configuration says the rate.
+
+        What the noise of updates adds to the loss goes with the rate. It is to stay below what is there to be won,
+        which is a part of the divergence at the start, in nats.
+        """
+        if self.config.learning_rate is None:
+            self.highest *= min(max(divergence, 0.0), 1.0)
 
     def share(self, step: int, seconds: float) -> float:
         """How much of the run is done, in [0, 1], after so many steps and seconds."""

@@ -99,6 +99,8 @@ class Training:
                 seconds = self._seconds()
                 self.before = self.best = self._evaluate()
                 self.schedule.reserve = self._seconds() - seconds
+            if self.objective.name == "logits":
+                self.schedule.start(self.before)
             self._train(notes)
         except KeyboardInterrupt:
             if self.processes.size > 1:

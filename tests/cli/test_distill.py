@@ -129,7 +129,6 @@ def test_compress_distils_in_one_go(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["density"] <= 0.5
-    assert found["distillation"]["seconds"] > 1
     assert found["distillation"]["steps"]
     refused = pifa(*arguments, "--distill", 1, "--memory", "1GiB")
     assert refused.exit_code == 2

@@ -24,6 +24,16 @@ def test_the_rate_follows_the_tokens_of_a_step_by_the_root_within_bounds() -> No
     assert rates == pytest.approx([1e-4, 1e-4, 2e-4, 3e-4])
 
 
+def test_a_student_near_its_teacher_starts_with_a_smaller_rate() -> None:
+    rates = []
+    for config in (DistillConfig(steps=100), DistillConfig(steps=100, learning_rate=1e-3)):
+        for divergence in (3.0, 1.0, 0.2):
+            schedule = Schedule(config, 1024)
+            schedule.start(divergence)
+            rates.append(schedule.highest)
+    assert rates == pytest.approx([1e-4, 1e-4, 2e-5, 1e-3, 1e-3, 1e-3])
+
+
 def test_by_the_clock_it_leaves_time_for_the_last_evaluation() -> None:
     schedule = Schedule(DistillConfig(minutes=2), 1)
     assert schedule.share(7, 60) == 0.5
