@@ -1,5 +1,6 @@
 import pytest
 import torch
+from expert_models import EXPERTS, tiny_mixtral
 from graphs import low_rank
 from torch import nn
 
@@ -357,3 +358,29 @@ def test_a_pair_whose_product_does_not_fit_into_its_dtype_stays(scale: float, of
     report = pc.compact(model)
     assert words in report.layers[0].skipped
     assert torch.equal(model(x), wanted)
+
+
+def test_experts_become_layers_where_the_weights_of_all_are_singular():
+    model = tiny_mixtral()
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        for expert in range(EXPERTS):
+            experts.gate_up_proj[expert, :48] = low_rank(48, 32, rank=6)
+            experts.gate_up_proj[expert, 48:] = low_rank(48, 32, rank=6)
+            experts.down_proj[expert] = low_rank(32, 48, rank=5 if expert == 1 else 9)
+    call = {"input_ids": torch.arange(32).view(2, 16)}
+    wanted = model(**call).logits
+    report = pc.compact(model, call)
+    place = "model.layers.0.mlp.experts.pifa"
+    ranks = {layer.name: layer.rank for layer in report.factorized}
+    assert ranks == {f"{place}.gate_proj": 6, f"{place}.up_proj": 6, f"{place}.down_proj": 9}
+    torch.testing.assert_close(model(**call).logits, wanted, rtol=1e-4, atol=1e-4)
+
+    model = tiny_mixtral()
+    with torch.no_grad():
+        for weight in model.model.layers[0].mlp.experts.gate_up_proj:
+            weight[:48] = low_rank(48, 32, rank=6)
+    report = pc.compact(model, call)
+    left = {layer.name: layer.skipped for layer in report.skipped}
+    assert left[f"{place}.gate_proj"] == left[f"{place}.up_proj"] == "up_proj of expert 0: weight has full rank"
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
