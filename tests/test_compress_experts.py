@@ -120,7 +120,7 @@ def test_experts_lose_no_more_than_as_linears(layers, experts):
         report = pc.compress(model, calibration, config())
         assert report.density <= 0.6
         assert len(report.factorized) >= 3 * layers
-    assert report.model_density <= 0.7  # embeddings and the head are a tenth of it
+    assert report.model_density <= 0.7  # embedding and head, which stay, are less than a quarter of the model
     losses = error(together, dense, held_out), error(apart, dense, held_out)
     assert losses[0] <= 1.1 * losses[1], losses
 
