@@ -22,7 +22,8 @@ FORMAT_VERSION = 4
 """Of what is in config.json and of the tensors' names and shapes; a reader refuses what is newer than itself.
 
 1 says which layers are in PIFA form; 2 says of which pairs of linears besides, 3 of which projections of experts, and 4
-of which layers heads are in a basis of inputs; each is written where there is something that the one before does not know.
+of which layers heads are in a basis of inputs; each is written where there is something that the one before does not
+know.
 """
 
 QUANT_METHOD = "pifa"
@@ -278,8 +279,8 @@ def _check_bases(bases: object, ranks: Mapping[str, int], format_version: int, w
         return
     tables = bases.items() if isinstance(bases, dict) and format_version >= 4 else [("", None)]
     for name, sizes in tables:
-        known = isinstance(sizes, dict) and sizes.keys() == {"head_features", "heads", "groups"}
-        if not known or name in ranks or not all(map(_is_count, sizes.values())):
+        has_sizes = isinstance(sizes, dict) and sizes.keys() == {"head_features", "heads", "groups"}
+        if not isinstance(sizes, dict) or not has_sizes or name in ranks or not all(map(_is_count, sizes.values())):
             raise CheckpointError(
                 f"{where}: {name}: wanted `bases`, a table of layers that are not in `ranks`, of format 4 or newer, "
                 f"each with head_features, heads and groups, got {sizes!r:.80}; it is damaged"

@@ -97,8 +97,8 @@ class PifaConfig(QuantizationConfigMixin):
             CheckpointError: they are of a newer format, or are not what this format says.
         """
         check_settings(config_dict, "config.json")
-        known = ("ranks", "method", "density_requested", "density", "versions", "format_version")
-        known = (*known, "pairs", "experts", "bases")
+        layers = ("ranks", "pairs", "experts", "bases")
+        known = (*layers, "method", "density_requested", "density", "versions", "format_version")
         config = cls(**{key: config_dict[key] for key in known if key in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -144,8 +144,8 @@ class PifaHfQuantizer(HfQuantizer):
             empty = {name: _empty_experts_layer(layer, experts) for name, layer in layers.items()}
             model.set_submodule(place, PifaExperts.of(experts, empty))
             shapes |= {layer_name(saved_place, name): layer for name, layer in layers.items()}
-        for name, layer in place_bases(model, self.quantization_config).items():
-            model.set_submodule(name, layer)
+        for name, empty_layer in place_bases(model, self.quantization_config).items():
+            model.set_submodule(name, empty_layer)
         if checkpoint_files:
             check_tensors(checkpoint_files, all_ranks(vars(self.quantization_config)), shapes, model)
         # The guard of `add_guard` is expected, whichever layer it stands at.
