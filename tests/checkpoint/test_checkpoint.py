@@ -15,7 +15,7 @@ import pifa_compiler
 from pifa_compiler import checkpoint, drafts
 from pifa_compiler.checkpoint import load_pretrained, quantizer
 from pifa_compiler.checkpoint import save_pretrained as save
-from pifa_compiler.checkpoint.format import read_report, read_settings
+from pifa_compiler.checkpoint.format import FORMAT_VERSION, read_report, read_settings
 from pifa_compiler.errors import CheckpointError
 from pifa_compiler.factors import factorize
 from pifa_compiler.files import atomic_folder, check_destination
@@ -112,7 +112,11 @@ def test_hostile_or_damaged_tensors_are_refused(part, tensor, message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "format 4 is newer than this pifa-compiler, which reads up to 3; install a newer"),
+        (
+            {"format_version": FORMAT_VERSION + 1},
+            f"format {FORMAT_VERSION + 1} is newer than this pifa-compiler, which reads up to {FORMAT_VERSION}; "
+            "install a newer",
+        ),
         ({"format_version": None}, "wanted a format_version"),
         ({"format_version": "1"}, "wanted a format_version"),
         ({"ranks": None}, "wanted `ranks`"),

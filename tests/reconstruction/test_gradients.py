@@ -323,7 +323,7 @@ class Halved(Opaque):
 
     def forward(self, ids):
         h = self.fc(self.embed(ids))
-        return self.head(torch.zeros(ids.numel(), 8).index_add(0, torch.arange(ids.numel()), h.view(-1, 8)).view_as(h))
+        return self.head(torch.zeros(ids.numel(), 8).index_copy(0, torch.arange(ids.numel()), h.view(-1, 8)).view_as(h))
 
 
 def test_what_cannot_be_computed_in_bfloat16_is_computed_in_float32_and_says_so(monkeypatch):
@@ -331,7 +331,7 @@ def test_what_cannot_be_computed_in_bfloat16_is_computed_in_float32_and_says_so(
     model, batches = Halved(), [torch.randint(0, 20, (4, 9))]
     found = measure(model, batches)
     (note,) = found.notes
-    assert "in float32, not bfloat16: index_add" in note
+    assert "in float32, not bfloat16: index_copy" in note
     monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: False)
     wanted = measure(model, batches)
     assert torch.equal(found.gradient_gram["fc.weight"], wanted.gradient_gram["fc.weight"])
