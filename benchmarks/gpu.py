@@ -169,8 +169,8 @@ def check_model() -> list[str]:
     pc.compress(model, batches, pc.CompressConfig(density=0.5))
     wrong = []
     for tokens, form, mode in (
-        (1, "siblings_kernel", None), (64, "pifa::linear_siblings_gemm", None),
-        (1, "siblings_kernel", "reduce-overhead"), (64, "gemm", "reduce-overhead"),
+        (1, "siblings_decode_kernel", None), (64, "pifa::linear_siblings_gemm", None),
+        (1, "siblings_decode_kernel", "reduce-overhead"), (64, "gemm", "reduce-overhead"),
     ):  # fmt: skip
         x = torch.randn(tokens, 256, device="cuda")
         exact = copy.deepcopy(model).double()(x.double())
