@@ -14,9 +14,10 @@ from .exchange.absorb import absorb_orders, enclosed_sites, layer_sites
 from .exchange.allowed import Exchangeable
 from .exchange.atomic import Exchange
 from .exchange.enclosure import Enclosure
-from .exchange.expert_layers import ExpertLayers, find_experts, path_of, put_together
+from .exchange.expert_layers import ExpertLayers, find_experts, put_together
 from .exchange.heads_in_basis import put_heads_in_basis
 from .exchange.pairs import Pair, find_pairs, identity_behind, trace
+from .experts import layer_name
 from .factors import PifaFactors, factorize_losslessly, stored_numbers
 from .graph.capture import Batch, Captured, capture
 from .linear import PifaLinear
@@ -136,7 +137,7 @@ class _NewLayers:
         for place, layers in experts.layers.items():
             found = {name: _factors_of_experts(layers, name) for name in layers.projections}
             for name, each in found.items():
-                path, shape = path_of(place, name), (layers.num_experts, *weight_of(layers.layer(name, 0)).shape)
+                path, shape = layer_name(place, name), (layers.num_experts, *weight_of(layers.layer(name, 0)).shape)
                 reasons = [part.reason for other in layers.beside(name) if isinstance(part := found[other], Skip)]
                 if reasons or isinstance(each, Skip):
                     self.report.layers.append(LayerReport.of_skip(path, shape, reasons[0], target=True))

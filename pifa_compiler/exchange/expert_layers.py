@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..experts import ExpertWeights, PifaExperts, PifaGroupedLinear, expert_weights
+from ..experts import ExpertWeights, PifaExperts, PifaGroupedLinear, expert_weights, layer_name
 from ..factors import FactorQuality, PifaFactors, with_rank
 from ..linear import PifaLinear
 from ..modules import module_at
 from ..report import LayerReport
 from .allowed import Exchangeable, why_marked
 from .atomic import Exchange
-
-_LAYERS = "pifa"
-"""The child of `PifaExperts` that holds its layers."""
 
 
 class ExpertLayers(nn.Module):
@@ -179,13 +176,8 @@ def projection_of(model: nn.Module, layer: str) -> Projection | None:
     found = module_at(model, place)
     if not place or not isinstance(found, ExpertLayers):
         return None
-    together = tuple(path_of(place, each) for each in found.beside(name))
-    return Projection(path_of(place, name), found.num_experts, together)
-
-
-def path_of(place: str, projection: str) -> str:
-    """The name of the layer that a projection of the experts at `place` becomes."""
-    return f"{place}.{_LAYERS}.{projection}"
+    together = tuple(layer_name(place, each) for each in found.beside(name))
+    return Projection(layer_name(place, name), found.num_experts, together)
 
 
 def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -3,7 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,14 +112,8 @@ def capture(
     dynamic = _dynamic_dims(inputs)
     if weights is not None:
         model = _with_stand_ins(model, device)
-    training = {module: module.training for module in model.modules()}
-    try:
-        for module in training:
-            module.training = False  # not eval(): exported graphs refuse to be called so
+    with evaluation_mode(model):
         graph = _export(model, _example(inputs, dynamic), flat[0][1], dynamic)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if weights is not None:
         _take_stand_ins_out(graph)
     _check_shapes(graph, inputs)
@@ -127,6 +122,19 @@ def capture(
     source = own if weights is None else WeightsBesideConstants(own, weights)
     place = torch.device("cpu") if device is None else device
     return Captured(graph, inputs, TokenMasks(graph, inputs), source, block_bytes, place)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` is in evaluation mode; each of its modules has its own mode again afterwards."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        for module in training:
+            module.training = False  # not eval(): exported graphs refuse to be called so
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _with_stand_ins(model: nn.Module, device: torch.device | None) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, CaptureError
-from .capture import Batch, Captured, call_of, capture
+from .capture import Batch, Captured, call_of, capture, evaluation_mode
 from .linears import linears_by_weight
 from .same_values import check_same_values
 from .token_masks import TokenMasks
@@ -113,7 +113,6 @@ def _record(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) ->
     """What submodules are called with when the model is called with each batch, in evaluation mode."""
     recorded = {name: _Calls() for name in names}
     weight = next(model.parameters(), None)
-    training = {module: module.training for module in model.modules()}
 
     def recorder(calls: _Calls) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,22 +127,18 @@ def _record(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) ->
         for name, calls in recorded.items()
     ]
     try:
-        for module in training:
-            module.training = False
         for batch in batches:
             for calls in recorded.values():
                 calls.counts.append(0)
             args, kwargs = call_of(model, batch, None if weight is None else weight.device)
             try:
-                with torch.no_grad():
+                with evaluation_mode(model), torch.no_grad():
                     model(*args, **kwargs)
             except Exception as failed:  # whatever the model's own code raises
                 raise _CallError(f"{type(model).__name__} cannot be called with a batch: {failed}") from failed
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return recorded
 
 

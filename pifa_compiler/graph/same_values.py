@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, CaptureError
-from .capture import Batch, Captured, call_of
+from .capture import Batch, Captured, call_of, evaluation_mode
 from .run import call_node
 
 _ROWS = 1024
@@ -46,19 +46,13 @@ def check_same_values(model: nn.Module, captured: Captured, batch: Batch) -> Non
 
 
 def _of_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> list[Tensor]:
-    training = {module: module.training for module in model.modules()}
     try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng():
+        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             args, kwargs = _copies((args, kwargs))
             return _floats(pytree.tree_leaves(model(*args, **kwargs)))
     except Exception as error:  # whatever the model's own code raises
         raise CaptureError(f"{type(model).__name__} cannot be called with a batch: {error}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 class _NodeByNode(Interpreter):
