@@ -50,7 +50,7 @@ class DistillConfig:
     steps: int | None = None
     minutes: float | None = None
     learning_rate: float | None = None
-    warmup: float = 0.1
+    warmup: float = 0.2
     batches_per_step: int = 8
     clip: float = 1.0
     train: tuple[str, ...] = ("factors", "norms", "biases")
