@@ -7,10 +7,13 @@ weights they were made from are still the same tensors, unchanged (see `_Compile
 """
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.fx import GraphModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import kernels
 from .errors import ConfigError, PassError
 from .linear import WithRowOrder
 from .passes import (
@@ -330,7 +334,9 @@ class _Compiled:
         fake_mode = detect_fake_mode(example_inputs)
         # Behind Dynamo its own context is there; a variant compiled later gets a new one with the same symbolic sizes.
         alone = TracingContext.try_get() is None and fake_mode is not None
-        with tracing(TracingContext(fake_mode)) if alone else nullcontext():
+        settings = torch.compiler.config
+        tag = f"{settings.cache_key_tag}pifa-{_digest_of_kernels()}"
+        with tracing(TracingContext(fake_mode)) if alone else nullcontext(), settings.patch(cache_key_tag=tag):
             compiled: Any = compile_fx(gm, example_inputs, config_patches=dict(self._settings.inductor))
         run: Callable[..., Any] = compiled
         return run
@@ -387,6 +393,15 @@ def _may_need_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
         return False
     read = [*example_inputs, *gm.parameters(), *gm.buffers()]
     return any(isinstance(value, Tensor) and value.requires_grad for value in read)
+
+
+@cache
+def _digest_of_kernels() -> str:
+    """Of the code of our operators. torch's caches of compiled code see their names, not how they launch kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _copy_module(gm: GraphModule) -> GraphModule:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from uuid import uuid4
 
 import pytest
 import torch
@@ -322,6 +323,23 @@ def test_inductor_is_told_which_inputs_never_move(monkeypatch: pytest.MonkeyPatc
     with torch._functorch.config.patch(enable_autograd_cache=False):
         assert_close(torch.compile(model, backend="pifa", options=uncached)(x), model(x), **CLOSE)
     assert moving == [1]  # x alone
+
+
+def test_compiled_code_is_not_taken_from_a_release_with_other_kernels(monkeypatch: pytest.MonkeyPatch):
+    from torch._dynamo.utils import counters
+
+    model, x = Block().requires_grad_(False), torch.randn(4, 32)
+    taken = []
+    first, second = uuid4().hex, uuid4().hex  # the caches outlive this run
+    for digest in (first, second, second):
+        torch._dynamo.reset()
+        monkeypatch.setattr(backend_module, "_digest_of_kernels", lambda digest=digest: digest)
+        before = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        torch.compile(model, backend="pifa")(x)
+        taken.append(
+            counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > before
+        )
+    assert taken == [False, False, True]
 
 
 def test_rank_check_can_be_switched_off():
