@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from ..experts import ExpertWeights, PifaExperts, PifaGroupedLinear, expert_weights, layer_name
 from ..factors import FactorQuality, PifaFactors, with_rank
+from ..graph.traced_experts import TracedExperts
 from ..linear import PifaLinear
 from ..modules import module_at
 from ..report import LayerReport
@@ -24,7 +25,7 @@ from .allowed import Exchangeable, why_marked
 from .atomic import Exchange
 
 
-class ExpertLayers(nn.Module):
+class ExpertLayers(TracedExperts):
     """Computes what an experts module does, from layers of its own: `gate_proj.3` is that of the fourth expert.
 
     Args:
@@ -51,18 +52,8 @@ class ExpertLayers(nn.Module):
         """The module that it takes over from; these have no class in common."""
         return self._experts[0]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As of the experts: hidden_states [tokens, hidden], the others [tokens, k] -> [tokens, hidden]."""
-        result = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            routed = top_k_index == expert
-            tokens = routed.any(dim=1).nonzero().squeeze(1)
-            shares = (top_k_weights * routed).sum(dim=1).index_select(0, tokens)
-            y = self._compute(expert, hidden_states.index_select(0, tokens)) * shares.unsqueeze(1)
-            result = result.index_add(0, tokens, y.to(result.dtype))
-        return result
-
-    def _compute(self, expert: int, x: Tensor) -> Tensor:
+    def compute(self, expert: int, x: Tensor) -> Tensor:
+        """See `TracedExperts`."""
         experts = self.experts
         *made, down_proj = (self.layer(name, expert) for name in self.projections)
         if "gate_up_proj" in self.projections:
@@ -83,9 +74,7 @@ class ExpertLayers(nn.Module):
 
     def layer(self, projection: str, expert: int) -> nn.Linear:
         """The layer of one expert."""
-        layers = self._modules[projection]
-        assert isinstance(layers, nn.ModuleList)  # noqa: S101  that is what they were put into
-        layer = layers[expert]
+        layer = self.layers(projection)[expert]
         assert isinstance(layer, nn.Linear)  # noqa: S101
         return layer
 

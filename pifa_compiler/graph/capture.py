@@ -19,6 +19,7 @@ from ..errors import CalibrationError, CaptureError
 from ..passes import Canonicalize, run_passes
 from .run import Block, cut_into_blocks
 from .token_masks import TokenMasks
+from .traced_experts import copy_first_expert, first_expert_only
 from .weights import Weights, WeightsBesideConstants, WeightsInMemory
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -112,8 +113,9 @@ def capture(
     dynamic = _dynamic_dims(inputs)
     if weights is not None:
         model = _with_stand_ins(model, device)
-    with evaluation_mode(model):
+    with evaluation_mode(model), first_expert_only(model):
         graph = _export(model, _example(inputs, dynamic), flat[0][1], dynamic)
+    copy_first_expert(graph, model)
     if weights is not None:
         _take_stand_ins_out(graph)
     _check_shapes(graph, inputs)

@@ -1,6 +1,6 @@
 """Running a captured graph node by node, or in blocks: for passes over it that look at values on the way."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -75,11 +75,12 @@ def weights_of(nodes: Iterable[Node]) -> set[str]:
     return {str(read.target) for node in nodes for read in node.all_input_nodes if read.op == "get_attr"}
 
 
-def ancestors(*nodes: Node) -> set[Node]:
-    """All that nodes are computed from, the nodes themselves among them."""
-    found, pending = set(nodes), list(nodes)
+def ancestors(*nodes: Node, known: Set[Node] = frozenset()) -> set[Node]:
+    """All that nodes are computed from, the nodes themselves among them; but for `known`, and what they come from."""
+    found = set(nodes) - known
+    pending = list(found)
     while pending:
-        new = set(pending.pop().all_input_nodes) - found
+        new = set(pending.pop().all_input_nodes) - found - known
         found |= new
         pending += new
     return found

@@ -148,8 +148,7 @@ def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False,
             open_groups = [each for each in open_groups if before.isdisjoint(each.members)]
         addends = {member: tuple(addend for _, addend in found) for member, found in sums.items()}
         read = [*(node for nodes in addends.values() for node in nodes), *(() if block is None else block.inputs)]
-        wanted = ancestors(group.source, *read)
-        needed = sorted(wanted - done, key=position.__getitem__)
+        needed = sorted(ancestors(group.source, *read, known=done), key=position.__getitem__)
         done.update(needed)
         computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
         segments.append(Segment(computed, group, addends if drift else {}, block))
