@@ -529,3 +529,54 @@ def test_layers_that_the_allocator_keeps_dense_count_for_the_density():
     assert report.layers[0].skipped == "the allocator global keeps it dense at density 0.8"
     assert report.layers[0].target
     assert 0.75 < report.density <= 0.8
+
+
+class Gated(nn.Module):
+    """A branch behind a gate, closed as adapters and layer scales are when training begins."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.before, self.branch, self.after = (nn.Linear(32, 32) for _ in range(3))
+        self.gate = gate
+
+    def forward(self, x):
+        hidden = self.before(x).relu()
+        return self.after(hidden + self.branch(self.gate * hidden))
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-30], ids=["closed", "nearly-closed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_calibration_shows_nothing_of_does_not_become_0(method, gate):
+    model, batches = Gated(gate), [torch.randn(64, 32)]
+    before = model.branch.weight.detach().clone()
+    report = pc.compress(model, batches, pc.CompressConfig(density=0.7, rank_multiple=1, method=method))
+    (layer,) = (layer for layer in report.layers if layer.name == "branch")
+    if ALLOCATORS[METHODS[method].allocator].look is not None:
+        assert layer.rank is None
+        assert "nothing on the calibration batches depends on it" in layer.skipped
+        assert torch.equal(model.branch.weight, before)
+    else:
+        left, singular, right = torch.linalg.svd(before)
+        nearest = left[:, : layer.rank] @ singular[: layer.rank].diag() @ right[: layer.rank]
+        torch.testing.assert_close(model.branch.weight, nearest, atol=1e-5, rtol=0)
+        assert layer.notes == ("all inputs are 0: nearest to the weight itself",)
+    assert report.density <= 0.7
+
+
+def test_a_rank_asked_for_such_a_layer_is_kept():
+    model = Gated(0.0)
+    report = pc.compress(model, [torch.randn(64, 32)], pc.CompressConfig(density=0.7, ranks={"branch": 5}))
+    assert [layer.rank for layer in report.factorized if layer.name == "branch"] == [5]
+
+
+def test_a_weight_of_0_stays():
+    model = Gated(1.0)
+    torch.nn.init.zeros_(model.branch.weight)
+    report = pc.compress(model, [torch.randn(64, 32)], pc.CompressConfig(density=0.7, method="mpifa"))
+    assert [layer.skipped for layer in report.skipped] == ["its weight is 0"]
+
+
+def test_a_model_of_which_calibration_shows_nothing_stays_as_it_was():
+    model = nn.Sequential(nn.Linear(32, 32))
+    report = pc.compress(model, [torch.zeros(64, 32)], pc.CompressConfig(density=0.7))
+    assert (report.factorized, report.density) == ([], 1.0)

@@ -29,6 +29,11 @@ class Seen:
     found: Tensor | None = None
     weighted: bool = False
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether all singular values are 0, for inputs, weight or gradients are: no rank is better than another."""
+        return self.found is not None and self.found.ndim > 0 and not bool(self.found.any())
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -27,6 +27,8 @@ _SOFTMAX = (
     torch.ops.aten._softmax.default,
 )
 
+_SILENT = "nothing on the calibration batches depends on it: its inputs, its weight or its gradients are 0"
+
 
 @dataclass(frozen=True)
 class FoundLinear:
@@ -50,12 +52,16 @@ class FoundLinear:
 
 @dataclass(frozen=True)
 class RankedLinear:
-    """One linear to compress: what it is and the rank it shall have (None: it stays dense, for `reason`)."""
+    """One linear to compress: what it is and the rank it shall have (None: it stays dense, for `reason`).
+
+    `target` says whether its numbers are those of the density that was asked for.
+    """
 
     name: str
     shape: tuple[int, int]
     rank: int | None
     reason: str | None = None
+    target: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,8 @@ def find_linears(
             reason = f"no rank takes fewer numbers than a weight [{d_out}, {d_in}] has"
         elif uses[full_name] > 1 and exchangeable.in_files:
             reason = f"weight is used by {uses[full_name]} linears"
+        elif not exchangeable.in_files and not bool(own[full_name].any()):
+            reason = "its weight is 0"
         elif projection is not None:
             reason = None  # `experts_as_layers` has looked
         else:
@@ -322,6 +330,11 @@ def give_ranks(
             if linear.projection is not None:
                 together = linear.projection.together
             sets.setdefault((together, *linear.shape), []).append(node)
+    for key, nodes in list(sets.items()):
+        if all(seen.get(node, Seen()).is_nothing for node in nodes):
+            for node in nodes:
+                ranked[node] = RankedLinear(found[node].name, found[node].shape, None, _SILENT, target=False)
+            del sets[key]
     layers = [
         [Layer(found[node].name, found[node].shape, node in attention, seen.get(node, Seen())) for node in nodes]
         for nodes in sets.values()
@@ -361,7 +374,7 @@ def _fixed(linear: FoundLinear, rank: int) -> RankedLinear:
 def left_dense(ranked: Mapping[Node, RankedLinear]) -> list[LayerReport]:
     """Reports of the linears that count for the density and stay dense."""
     return [
-        LayerReport.of_skip(linear.name, linear.shape, linear.reason, target=True)
+        LayerReport.of_skip(linear.name, linear.shape, linear.reason, target=linear.target)
         for linear in ranked.values()
         if linear.reason is not None
     ]
