@@ -13,7 +13,7 @@ from .errors import CalibrationError, RankError
 from .exchange.absorb import LayerSite, absorb_orders
 from .exchange.atomic import Exchange
 from .exchange.attention_layers import attention_as_layers
-from .exchange.expert_layers import experts_as_layers, projection_of, put_together
+from .exchange.expert_layers import experts_as_layers, put_together
 from .factors import PifaFactors
 from .graph.capture import Batch
 from .graph.linears import weight_name
@@ -215,6 +215,4 @@ def _new_layers(
     layers: dict[str, nn.Module] = {
         names[weight]: layer_of(found, model.get_submodule(names[weight])) for weight, found in factors.items()
     }
-    # The dense weights of experts lie in a parameter that stays as it is: no columns of theirs can be renumbered.
-    taken = [site for site in sites if all(name in layers or not projection_of(model, name) for name in site.readers)]
-    return layers, absorb_orders(model, taken, layers)
+    return layers, absorb_orders(model, sites, layers)

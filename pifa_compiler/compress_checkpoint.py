@@ -19,7 +19,8 @@ from .checkpoint.shards import write_model
 from .compress import check_token_ids
 from .errors import CalibrationError, CheckpointError, OffloadError
 from .exchange.absorb import LayerSite, absorb_orders
-from .exchange.expert_layers import find_experts
+from .exchange.expert_layers import FoundExperts, Projection, experts_as_layers, of_rank
+from .experts import PifaExperts, layer_name
 from .files import check_destination
 from .graph.capture import Batch, capture
 from .graph.linears import weight_name
@@ -88,7 +89,10 @@ class _Job:
         memory: int,
         offload: str | os.PathLike[str] | None,
         device: torch.device | None,
+        experts: FoundExperts,
     ) -> None:
+        self.experts = experts
+        stored.weights.add_views(experts.views())
         self.processes = Processes()
         if len(calls) < self.processes.size:
             raise CalibrationError(
@@ -146,7 +150,7 @@ class _Job:
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a run that goes on."""
         files = {}
-        for path in sorted({path for path, _ in self.stored.weights.files.values()}):
+        for path in self.stored.weights.paths:
             stat = path.stat()
             files[path.name] = [stat.st_size, stat.st_mtime_ns]
         packages = ("pifa-compiler", "torch", "transformers")
@@ -189,11 +193,21 @@ class _Job:
         """Puts layers without values into the model, and completes the report."""
         model, graph = self.stored.model, self.captured.graph
         active = [node for node, linear in ranked.items() if linear.rank is not None]
-        layers = _Layers(self.stored, work, groups(graph.graph, active))
+        projections = {linear.projection for linear in self.selection.found.values() if linear.projection is not None}
+        layers = _Layers(self.stored, work, groups(graph.graph, active), projections)
         absorbed = layers.absorb(self.selection.sites) if self.processes.is_first else {}
         report.layers = self.selection.layers(graph, (*left_dense(ranked), *layers.reports()), absorbed)
-        report.layers += find_experts(model).reports(model)
-        for layer in report.factorized:
+        report.layers += self.experts.reports(model)
+        factorized = {layer.name: layer for layer in report.factorized}
+        for place, found in self.experts.layers.items():
+            names = {name: layer_name(place, name) for name in found.projections}
+            held = {
+                name: found.without_values(name, rank)
+                for name, path in names.items()
+                if path in factorized and (rank := factorized.pop(path).rank) is not None
+            }
+            model.set_submodule(place, PifaExperts.of(found.experts, held) if held else found.experts)
+        for layer in factorized.values():
             model.set_submodule(layer.name, _without_values(layer, model.get_submodule(layer.name)))
         report.params_after = count_numbers(model)
         report.describe_rest(model)
@@ -203,7 +217,12 @@ class _Job:
 class _Layers:
     """The layers of the compressed model, by name: one at a time, from the working folder or the model's own files."""
 
-    def __init__(self, stored: StoredModel, work: WorkingFolder, found: Sequence[Group]) -> None:
+    def __init__(
+        self, stored: StoredModel, work: WorkingFolder, found: Sequence[Group], projections: Iterable[Projection]
+    ) -> None:
+        self._projections = {projection.path: projection for projection in projections}
+        modules = stored.model.named_modules()
+        self._biased = {name for name, module in modules if getattr(module, "bias", None) is not None}
         self._stored, self._work = stored, work
         self._group = {weight_name(node): (group, node) for group in found for node in group.members}
         self._groups = found
@@ -218,12 +237,14 @@ class _Layers:
         return None if found is None else (self._work.solved(found[0]) or {}).get(found[1])
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of the layer `name`, by their names in it; None if it is as it was."""
+        """The tensors of the layer `name`, by their names in it; None if it is as it was, or its experts are."""
         if self._last[0] != name:
             self._last = name, self._read(name)
         return self._last[1]
 
     def _read(self, name: str) -> dict[str, Tensor] | None:
+        if name in self._projections:
+            return self._of_experts(self._projections[name])
         changed = self._work.layer(name)
         if changed is not None:
             return changed
@@ -233,6 +254,14 @@ class _Layers:
         factors = solved.factors
         own = {"w_pivot": factors.w_pivot, "coeff": factors.coeff, "pivots": factors.pivots.to(torch.int32)}
         return {**own, **self._bias(name)}
+
+    def _of_experts(self, projection: Projection) -> dict[str, Tensor]:
+        """The tensors of the layer that a projection of all experts becomes."""
+        found = [self._read(layer) or {} for layer in projection.layers]
+        rank = max(len(own["w_pivot"]) for own in found)
+        made = [of_rank(own, rank) for own in found]
+        self._stored.weights.give_back()
+        return {key: torch.stack([own[key] for own in made]) for key in made[0]}
 
     def read(self, name: str) -> Tensor:
         """A tensor of the compressed model, by its name in the state dict."""
@@ -245,8 +274,7 @@ class _Layers:
         return found
 
     def _bias(self, name: str) -> dict[str, Tensor]:
-        dense = self._stored.model.get_submodule(name)
-        if getattr(dense, "bias", None) is None:
+        if name not in self._biased:
             return {}
         return {"bias": self._stored.weights.read(f"{name}.bias")}
 
@@ -356,39 +384,41 @@ def compress_checkpoint(
     if not resume:
         check_destination(output, overwrite=overwrite)
     stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
-    plan = job.plan()
-    work = WorkingFolder(job.folder, job.fingerprint(), resume=resume, processes=job.processes)
-    finished = False
-    try:
-        if work.has_written(job.output) and (known := read_report(job.output)) is not None:
+    with experts_as_layers(stored.model, in_files=True) as experts:
+        calls, size = list(batches), parse_bytes(memory)
+        job = _Job(stored, Path(output), calls, config or CompressConfig(), size, offload, device, experts)
+        plan = job.plan()
+        work = WorkingFolder(job.folder, job.fingerprint(), resume=resume, processes=job.processes)
+        finished = False
+        try:
+            if work.has_written(job.output) and (known := read_report(job.output)) is not None:
+                job.processes.wait()
+                finished = True
+                return Report.from_dict(known)
+            check_destination(output, overwrite=overwrite)
+            report = Report(job.config.method, job.config.density, params_before=count_numbers(stored.model))
+            ranked = job.reconstruct(work, plan, report, progress)
             job.processes.wait()
+            layers = job.assemble(work, ranked, report)
+            report.seconds = time.perf_counter() - started
+            job.processes.wait()  # the first deletes at the end what the others have read now
+            if not job.processes.is_first:
+                return report
+            shard_bytes = max(plan.memory // _SHARE_OF_BLOCK, _LEAST_SHARD)
+            write_model(
+                stored.model,
+                job.output,
+                layers.read,
+                report,
+                source=stored.folder,
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+                complete=work.add_output,
+            )
             finished = True
-            return Report.from_dict(known)
-        check_destination(output, overwrite=overwrite)
-        report = Report(job.config.method, job.config.density, params_before=count_numbers(stored.model))
-        ranked = job.reconstruct(work, plan, report, progress)
-        job.processes.wait()
-        layers = job.assemble(work, ranked, report)
-        report.seconds = time.perf_counter() - started
-        job.processes.wait()  # the first deletes at the end what the others have read now
-        if not job.processes.is_first:
             return report
-        shard_bytes = max(plan.memory // _SHARE_OF_BLOCK, _LEAST_SHARD)
-        write_model(
-            stored.model,
-            job.output,
-            layers.read,
-            report,
-            source=stored.folder,
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-            complete=work.add_output,
-        )
-        finished = True
-        return report
-    finally:
-        work.close(finished=finished)
+        finally:
+            work.close(finished=finished)
 
 
 @own_numerics()
@@ -410,5 +440,6 @@ def plan_checkpoint(
         PifaError: as there, where it would refuse to start.
     """
     stored = open_model(os.fspath(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    job = _Job(stored, Path(output), list(batches), config or CompressConfig(), parse_bytes(memory), offload, device)
-    return job.plan()
+    with experts_as_layers(stored.model, in_files=True) as experts:
+        calls, size = list(batches), parse_bytes(memory)
+        return _Job(stored, Path(output), calls, config or CompressConfig(), size, offload, device, experts).plan()

@@ -600,18 +600,3 @@ def test_damaged_results_are_refused_and_made_again_as_the_message_says(room, da
 def test_a_damaged_description_of_the_run_is_refused(source, stopped):
     (stopped.parent / ".out.run" / "run.json").write_text("{")
     refused(OffloadError, r"run\.json is damaged; delete", source, stopped, resume=True)
-
-
-def test_experts_stay_dense_and_the_report_says_why(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_attention_heads": 4, "vocab_size": 64}
-    sizes |= {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()  # stored as it is in memory
-    source = stored(model, tmp_path / "dense")
-    config = pc.CompressConfig(density=0.6, rank_multiple=1)
-    report = pc.compress_checkpoint(source, tmp_path / "out", tokens(), config, memory=MEMORY)
-    left = {layer.name: str(layer.skipped) for layer in report.skipped}
-    for name in ("gate_up_proj", "down_proj"):
-        assert "load the model into memory and call compress()" in left[f"model.layers.0.mlp.experts.{name}"]
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    kept = "model.layers.0.mlp.experts.down_proj"
-    assert torch.equal(again.get_parameter(kept), model.get_parameter(kept))

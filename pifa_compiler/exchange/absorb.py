@@ -139,6 +139,9 @@ def absorb_orders(
             continue
         if not all(isinstance(reader, PifaLinear) or is_plain_linear(reader) for reader in readers):
             continue
+        dense = [name for name, reader in zip(site.readers, readers, strict=True) if not isinstance(reader, PifaLinear)]
+        if any(projection_of(model, name) is not None for name in dense):
+            continue  # dense weights of experts lie in a parameter that stays as it is: none can be renumbered
         try:
             factors = _of_one_order(sources)
         except RankError:  # other rows of theirs do not fit into their dtype, or none are independent in each

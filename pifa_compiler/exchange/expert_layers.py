@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from ..experts import ExpertWeights, PifaExperts, PifaGroupedLinear, expert_weights, layer_name
 from ..factors import FactorQuality, PifaFactors, with_rank
 from ..graph.traced_experts import TracedExperts
+from ..graph.weights import EntryView
 from ..linear import PifaLinear
 from ..modules import module_at
 from ..report import LayerReport
@@ -67,6 +68,19 @@ class ExpertLayers(TracedExperts):
             y = experts.post_expert_norm(y)
         return y
 
+    def without_values(self, projection: str, rank: int) -> PifaGroupedLinear:
+        """A layer in PIFA form for a projection of all experts, on the meta device."""
+        first = self.layer(projection, 0)
+        d_out, d_in = first.weight.shape
+        bias, dtype = first.bias is not None, first.weight.dtype
+        return PifaGroupedLinear(self.num_experts, d_in, d_out, rank, bias, device="meta", dtype=dtype).eval()
+
+    def stored_in(self, name: str) -> str:
+        """The parameter of the experts that `gate_proj.3.weight`, or a bias, is a part of."""
+        projection, _, part = name.split(".")
+        stored = _stored_in(projection, self.projections)
+        return stored if part == "weight" else f"{stored}_{part}"
+
     def beside(self, projection: str) -> list[str]:
         """The projections that lie in one parameter of the experts with `projection`, itself among them."""
         stored = _stored_in(projection, self.projections)
@@ -91,6 +105,17 @@ class FoundExperts:
     layers: dict[str, ExpertLayers] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
+    def views(self) -> dict[str, EntryView]:
+        """What the parameters of layers are parts of, all by their names in the model."""
+        found = {}
+        for place, stand_in in self.layers.items():
+            for projection in stand_in.projections:
+                for name, part in stand_in.layers(projection).named_parameters(prefix=projection):
+                    stored = stand_in.stored_in(name)
+                    whole = stand_in.experts.get_parameter(stored)
+                    found[f"{place}.{name}"] = EntryView.between(part, whole, f"{place}.{stored}")
+        return found
+
     def reports(self, model: nn.Module) -> list[LayerReport]:
         """An entry for every parameter of experts that are left as they are."""
         return [
@@ -102,9 +127,9 @@ class FoundExperts:
 
 
 @contextmanager
-def experts_as_layers(model: nn.Module) -> Iterator[FoundExperts]:
-    """While it lasts, all experts of `model` that may be exchanged have layers."""
-    found = find_experts(model)
+def experts_as_layers(model: nn.Module, *, in_files: bool = False) -> Iterator[FoundExperts]:
+    """While it lasts, all experts of `model` that may be exchanged have layers; `in_files` as in `find_experts`."""
+    found = find_experts(model, in_files=in_files)
     with Exchange() as exchange:
         for name, layers in found.layers.items():
             exchange.module(model, name, layers)
@@ -112,8 +137,13 @@ def experts_as_layers(model: nn.Module) -> Iterator[FoundExperts]:
         exchange.undo()
 
 
-def find_experts(model: nn.Module) -> FoundExperts:
-    """The modules of experts in `model`: those with parameters [experts, .., ..]."""
+def find_experts(model: nn.Module, *, in_files: bool = False) -> FoundExperts:
+    """The modules of experts in `model`: those with parameters [experts, .., ..].
+
+    Args:
+        model: any.
+        in_files: whether weights on the meta device have their values in files.
+    """
     found = FoundExperts()
     names = [name for name, module in model.named_modules() if name and _has_experts(module)]
     if not names:
@@ -128,8 +158,8 @@ def find_experts(model: nn.Module) -> FoundExperts:
         reason = why_marked(experts) or exchangeable.why_shared(name)
         if isinstance(model, GraphModule):
             reason = "they lie in a graph that was captured; compress the model that it was captured from"
-        elif any(parameter.is_meta for parameter in experts.parameters()):
-            reason = "weights of experts are not read from files; load the model into memory and call compress() on it"
+        elif not in_files and any(parameter.is_meta for parameter in experts.parameters()):
+            reason = "they have no values (meta device)"
         if reason is None:
             found.layers[name] = ExpertLayers(experts, weights)
         else:
@@ -157,6 +187,17 @@ class Projection:
     experts: int
     together: tuple[str, ...]
 
+    @property
+    def layers(self) -> list[str]:
+        """The names of the single experts' layers, in order."""
+        place, _, name = self.path.rpartition(".pifa.")
+        return [f"{place}.{name}.{expert}" for expert in range(self.experts)]
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether its outputs are added to the residual stream."""
+        return self.path.endswith(".down_proj")
+
 
 def projection_of(model: nn.Module, layer: str) -> Projection | None:
     """Which projection the layer called `layer` is one expert's part of; None if it is no such part."""
@@ -165,8 +206,12 @@ def projection_of(model: nn.Module, layer: str) -> Projection | None:
     found = module_at(model, place)
     if not place or not isinstance(found, ExpertLayers):
         return None
-    together = tuple(layer_name(place, each) for each in found.beside(name))
-    return Projection(layer_name(place, name), found.num_experts, together)
+    return _projection(found, place, name)
+
+
+def _projection(layers: ExpertLayers, place: str, name: str) -> Projection:
+    together = tuple(layer_name(place, each) for each in layers.beside(name))
+    return Projection(layer_name(place, name), layers.num_experts, together)
 
 
 def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -180,7 +225,7 @@ def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str,
     for place, stand_in in found.layers.items():
         grouped: dict[str, nn.Module] = {}
         for projection in stand_in.projections:
-            names = [f"{place}.{projection}.{expert}" for expert in range(stand_in.num_experts)]
+            names = _projection(stand_in, place, projection).layers
             parts = [layers.pop(name) for name in names if name in layers]
             if parts:
                 grouped[projection] = _grouped([part for part in parts if isinstance(part, PifaLinear)])
@@ -191,13 +236,26 @@ def put_together(found: FoundExperts, layers: dict[str, nn.Module]) -> dict[str,
 
 def _grouped(parts: Sequence[PifaLinear]) -> PifaGroupedLinear:
     rank = max(part.rank for part in parts)  # single solutions may have fewer pivot rows than were asked for
-    unknown = FactorQuality(math.nan, math.nan, math.nan)  # the report has it
-    factors = [PifaFactors(part.w_pivot.detach(), part.coeff.detach(), part.pivots.long(), unknown) for part in parts]
+    factors = [with_rank(_factors(part.w_pivot.detach(), part.coeff.detach(), part.pivots), rank) for part in parts]
     biases = [part.bias.detach() for part in parts if part.bias is not None]
     bias = torch.stack(biases) if biases else None
-    return PifaGroupedLinear.from_factors(
-        [with_rank(each, rank) for each in factors], bias, parts[0].w_pivot.requires_grad
-    )
+    return PifaGroupedLinear.from_factors(factors, bias, parts[0].w_pivot.requires_grad)
+
+
+def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The tensors of a layer in PIFA form, by their names in it, of the same weight stored with another rank, or more.
+
+    Raises:
+        RankError: as `with_rank`.
+    """
+    factors = with_rank(_factors(tensors["w_pivot"], tensors["coeff"], tensors["pivots"]), rank)
+    own = {"w_pivot": factors.w_pivot, "coeff": factors.coeff, "pivots": factors.pivots.to(torch.int32)}
+    return {**tensors, **own}
+
+
+def _factors(w_pivot: Tensor, coeff: Tensor, pivots: Tensor) -> PifaFactors:
+    unknown = FactorQuality(math.nan, math.nan, math.nan)  # the report has it
+    return PifaFactors(w_pivot, coeff, pivots.long(), unknown)
 
 
 def _layer(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:

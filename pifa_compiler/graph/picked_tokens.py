@@ -40,6 +40,17 @@ def find_picks(graph: GraphModule) -> dict[Node, Pick]:
     return found
 
 
+def choices(tokens: Node) -> int | None:
+    """How many experts a token goes to, by what says which tokens one of them gets; None if that is not seen."""
+    node = tokens
+    while node.target is not torch.ops.aten.eq.Scalar:
+        if not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, Tensor) and value.ndim == 2 else None
+
+
 def _rows(node: Node) -> str | None:
     """The number of rows of a value, a symbol, if it depends on what was computed before."""
     value = node.meta.get("val")

@@ -1,11 +1,35 @@
 """Where the weights of a captured graph come from."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class EntryView:
+    """A part of one entry of a tensor along its first dimension: of the experts' weights those of one.
+
+    Attributes:
+        of: the name of the tensor.
+        index: of the entry.
+        shape, stride, offset: of the part, in numbers of the entry.
+    """
+
+    of: str
+    index: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def between(cls, part: Tensor, whole: Tensor, name: str) -> "EntryView":
+        """Of `part`, a view of `whole`, whose name is `name`; both may be on the meta device."""
+        index, offset = divmod(int(part.storage_offset() - whole.storage_offset()), whole[0].numel())
+        return cls(name, index, tuple(part.shape), part.stride(), offset)
 
 
 class Weights(Protocol):

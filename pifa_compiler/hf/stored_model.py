@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.format import CONFIG, check_layers, few_modules, loading_errors, open_tensors, weight_files
 from ..errors import CheckpointError, ConfigError
+from ..graph.weights import EntryView
 from ..memory import read_ahead, trim_heap
+from .conversion import Origin, Part, check_own_names, find_origins
 from .loading import DTYPES, explain_failure, find_folder, model_class, quietly, read_config
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class WeightsInFiles:
     Files are mapped into memory while their tensors are in use, so that only what is read takes any.
 
     Args:
-        files: for each name in the model's state dict the file and the name in it; tied tensors have one of both.
+        origins: for each name in the model's state dict what it is made of, and the name of what is made there.
         dtypes: what each is to be.
         held: tensors that are in no file, such as rotary tables.
         device: where tensors go.
@@ -32,17 +34,27 @@ class WeightsInFiles:
 
     def __init__(
         self,
-        files: Mapping[str, tuple[Path, str]],
+        origins: Mapping[str, tuple[Origin, str]],
         dtypes: Mapping[str, torch.dtype],
         held: Mapping[str, Tensor],
         device: torch.device,
     ) -> None:
-        self.files = dict(files)
+        self._origins = dict(origins)
         self._dtypes, self._device = dtypes, device
         self._held = {name: tensor.to(device) for name, tensor in held.items()}
+        self._views: dict[str, EntryView] = {}
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
-        self._read: dict[str, Tensor] = {}
+        self._read: dict[str | tuple[str, int], Tensor] = {}
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return sorted({part.path for origin, _ in self._origins.values() for part in origin.parts})
+
+    def add_views(self, views: Mapping[str, EntryView]) -> None:
+        """Lets names be read that are of parts of the model's tensors."""
+        self._views |= views
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, on the device and in the dtype it is wanted in.
@@ -52,21 +64,59 @@ class WeightsInFiles:
         """
         if name in self._held:
             return self._held[name]
+        if name in self._views:
+            view = self._views[name]
+            entry = self._entry(view.of, view.index)
+            return entry.as_strided(view.shape, view.stride, entry.storage_offset() + view.offset)
         if name not in self._read:
-            if name not in self.files:
-                raise CheckpointError(f"no file holds the tensor {name}; fetch the model again")
-            path, stored = self.files[name]
-            if path not in self._open:
-                self._open[path] = self._stack.enter_context(open_tensors(path))
-            found = _tensor(self._open[path], stored, path)
-            self._read[name] = found.to(self._device, self._dtypes.get(name, found.dtype))
+            origin, made_as = self._origin(name)
+            made = origin.make(lambda part: self._value(part, name))
+            self._read.update(made.items())  # of one that is taken apart the others will be asked for too
+            self._read[name] = made[made_as]
         return self._read[name]
+
+    def _entry(self, name: str, index: int) -> Tensor:
+        """One entry of a tensor along its first dimension, without the others where the files have it by itself."""
+        key = name, index
+        if key not in self._read:
+            origin, made_as = self._origin(name)
+            alone = origin.entry(index)
+            if alone is not None:
+                self._read[key] = alone.make(lambda part: self._value(part, name))[made_as][0].contiguous()
+            elif origin.converter is None:
+                self._read[key] = self._value(origin.parts[0], name, index).contiguous()
+            else:
+                self._read[key] = self.read(name)[index].contiguous()
+        return self._read[key]
+
+    def _origin(self, name: str) -> tuple[Origin, str]:
+        if name not in self._origins:
+            raise CheckpointError(f"no file holds the tensor {name}; fetch the model again")
+        return self._origins[name]
+
+    def _value(self, part: Part, name: str, index: int | None = None) -> Tensor:
+        """A tensor of a file, or one entry of it, as the tensor `name` of the model is to be."""
+        if part.path not in self._open:
+            self._open[part.path] = self._stack.enter_context(open_tensors(part.path))
+        found = _tensor(self._open[part.path], part.name, part.path)
+        return (found if index is None else found[index]).to(self._device, self._dtypes.get(name, found.dtype))
 
     def expect(self, names: Iterable[str]) -> None:
         """Has the disk bring tensors into the system's cache; they take no memory of the process."""
-        for path, stored in {self.files[name] for name in names if name in self.files and name not in self._read}:
+        wanted: set[tuple[Path, str, int | None]] = set()
+        for name in names:
+            view = self._views.get(name)
+            key = name if view is None else (view.of, view.index)
+            origin, _ = self._origins.get(name if view is None else view.of, (None, ""))
+            if origin is None or key in self._read:
+                continue
+            alone = None if view is None else origin.entry(view.index)
+            index = view.index if view is not None and origin.converter is None else None
+            wanted |= {(part.path, part.name, index) for part in (alone or origin).parts}
+        for path, stored, index in wanted:
             with open_tensors(path) as tensors:
-                read_ahead(_tensor(tensors, stored, path))
+                found = _tensor(tensors, stored, path)
+                read_ahead(found if index is None else found[index])
 
     def give_back(self) -> None:
         """Lets go of all tensors that were read, and of the files that they lie in."""
@@ -111,7 +161,7 @@ def open_model(
 
     Raises:
         CheckpointError: there is no such model, it cannot be reached, its files are missing, truncated or of another
-            model, or they hold weights that transformers would convert while it loads them.
+            model, or the output would not be read again as it is written.
         ConfigError: `dtype` is not one of `DTYPES`.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -139,11 +189,12 @@ def open_model(
     except loading_errors() as error:
         raise explain_failure(folder, error, "a model in safetensors form") from error
     model.eval()
-    places = _places(model, files, folder)
+    origins = _origins(model, files, folder)
+    check_own_names(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    held = {key: buffer for key, buffer in model.named_buffers() if key not in places}
+    held = {key: buffer for key, buffer in model.named_buffers() if key not in origins}
     dtypes = {key: parameter.dtype for key, parameter in parameters.items()}
-    weights = WeightsInFiles(places, dtypes, held, place)
+    weights = WeightsInFiles(origins, dtypes, held, place)
     return StoredModel(folder, model, weights, sum(path.stat().st_size for path in set(files.values())))
 
 
@@ -174,28 +225,22 @@ def _tensor(tensors: Any, name: str, path: Path) -> Tensor:
     return found
 
 
-def _places(model: nn.Module, files: Mapping[str, Path], folder: Path) -> dict[str, tuple[Path, str]]:
-    """The place of every parameter and saved buffer, tied ones included, after shapes were compared."""
+def _origins(model: "PreTrainedModel", files: Mapping[str, Path], folder: Path) -> dict[str, tuple[Origin, str]]:
+    """What every parameter and saved buffer is made of, tied ones included, after shapes were compared."""
     wanted = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    shapes = _shapes(files)
+    made = find_origins(model, files, _shapes(files))
     names_of: dict[int, list[str]] = {}
     for key, tensor in wanted.items():
         names_of.setdefault(id(tensor), []).append(key)
-    places: dict[str, tuple[Path, str]] = {}
+    origins: dict[str, tuple[Origin, str]] = {}
     for keys in names_of.values():
-        stored = next((key for key in keys if key in files), None)
+        stored = next((key for key in keys if key in made), None)
         if stored is None:
             raise CheckpointError(
-                f"{folder} lacks {keys[0]} of a {type(model).__name__}: it is incomplete, or transformers converts "
-                "its tensors while it loads them; load the model and call compress() on it"
+                f"{folder} lacks {keys[0]} of a {type(model).__name__}: it is incomplete, fetch the model again"
             )
-        if shapes[stored] != tuple(wanted[stored].shape):
-            raise CheckpointError(
-                f"{folder}: {stored} is {list(shapes[stored])}, a {type(model).__name__} of its config.json has "
-                f"{list(wanted[stored].shape)}; the files do not belong together, fetch the model again"
-            )
-        places.update(dict.fromkeys(keys, (files[stored], stored)))
-    return places
+        origins.update(dict.fromkeys(keys, (made[stored], stored)))
+    return origins
 
 
 def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ Gradients at what experts add to the residual stream hardly depend on the expert
 loses nothing that could be measured and spares a matrix [hidden, hidden] for each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch.fx import Node
 
 from ..errors import CalibrationError
 from ..graph.linears import weight_name
+from .results import Results
 from .selection import FoundLinear
-from .statistics import DenseSums, Statistics
+from .statistics import DenseSums, ExpertSums, Statistics
 
 TOKENS_A_CHANNEL = 4
 """Of these eigenvalues the least is then a quarter of what it should be, and the largest 2.25 times."""
@@ -29,24 +30,24 @@ FEW_TOKENS = f"fewer than {TOKENS_A_CHANNEL} tokens a channel, completed by the 
 
 
 @dataclass
-class _Sum:
-    """A sum over tokens of several experts, and of which linears."""
+class _OpenSum:
+    """A sum over tokens of several experts, in float64, which leaves no trace of their order."""
 
     total: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
     linears: set[Node] = field(default_factory=set)
 
-    def add(self, linear: Node, tokens: int, parts: Mapping[str, Tensor]) -> None:
+    def add(self, linear: Node, tokens: int, parts: Mapping[str, Tensor | None]) -> None:
         if linear in self.linears:  # the walk began again, in another precision
-            self.total, self.tokens, self.linears = {}, 0, set()
+            self.total, self.tokens, self.linears = {}, {}, set()
         self.linears.add(linear)
-        self.tokens += tokens
+        self.tokens[weight_name(linear)] = tokens
         for name, part in parts.items():
-            self.total[name] = self.total[name] + part if name in self.total else part
+            if part is not None:
+                self.total[name] = self.total[name] + part if name in self.total else part.double()
 
-    def of(self, tokens: int) -> dict[str, Tensor]:
-        """The sums of so many average tokens."""
-        return {name: total.double() * (tokens / self.tokens) for name, total in self.total.items()}
+    def finish(self) -> ExpertSums:
+        return ExpertSums({name: total.float() for name, total in self.total.items()}, self.tokens)
 
 
 class ExpertMeans:
@@ -54,34 +55,63 @@ class ExpertMeans:
 
     Args:
         found: the linears to compress; those of no experts are passed over.
+        results: where sums are kept once those of all experts were added.
     """
 
-    def __init__(self, found: Mapping[Node, FoundLinear]) -> None:
+    def __init__(self, found: Mapping[Node, FoundLinear], results: Results) -> None:
+        self._results = results
         self._shapes: dict[Node, tuple[int, int]] = {}
-        self._inputs: dict[Node, _Sum] = {}
-        self._outputs: dict[Node, _Sum] = {}
+        self._inputs: dict[Node, str] = {}
+        self._outputs: dict[Node, str] = {}
         self._residual: set[Node] = set()
-        sums: dict[object, _Sum] = {}
+        self._wanted: dict[str, set[Node]] = {}
+        self._open: dict[str, _OpenSum] = {}
+        self._last: tuple[str, ExpertSums | None] = ("", None)
         for node, linear in found.items():
             if linear.projection is not None:
                 self._shapes[node] = linear.shape
-                self._inputs[node] = sums.setdefault(linear.projection.together, _Sum())  # gate and up read the same
-                self._outputs[node] = sums.setdefault((linear.projection.path, "outputs"), _Sum())
-                if linear.projection.path.endswith(".down_proj"):
+                first, path = linear.projection.together[0], linear.projection.path
+                self._inputs[node] = f"{first} inputs"  # gate and up read the same
+                self._outputs[node] = f"{path} outputs"
+                if path == first:
+                    self._wanted.setdefault(self._inputs[node], set()).add(node)
+                self._wanted.setdefault(self._outputs[node], set()).add(node)
+                if linear.projection.is_residual:
                     self._residual.add(node)
-        self._tokens: dict[Node, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._shapes)
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether of every layer all experts were added, or none."""
+        return not self._open
+
+    def begin(self) -> None:
+        """Forgets what a walk over the dense model has added of layers that it did not come to the end of."""
+        self._open.clear()
+
     def add(self, linears: Mapping[Node, DenseSums]) -> None:
         """Adds what the dense model gives single experts."""
         for node, sums in linears.items():
-            if node in self._shapes:
-                self._tokens[node] = sums.tokens
-                self._inputs[node].add(node, sums.tokens, {"gram": sums.gram, "sum_abs": sums.sum_abs})
-                if sums.gradient_gram is not None:
-                    self._outputs[node].add(node, sums.tokens, {"gram": sums.gradient_gram})
+            for name, parts in (
+                (self._inputs.get(node), {"gram": sums.gram, "sum_abs": sums.sum_abs}),
+                (self._outputs.get(node), {"gram": sums.gradient_gram}),
+            ):
+                if name is not None and node in self._wanted[name]:
+                    self._add(name, node, sums.tokens, parts)
+
+    def _add(self, name: str, node: Node, tokens: int, parts: Mapping[str, Tensor | None]) -> None:
+        total = self._open.setdefault(name, _OpenSum())
+        total.add(node, tokens, parts)
+        if total.linears == self._wanted[name]:
+            self._results.add_expert_sums(name, self._open.pop(name).finish())
+            self._last = ("", None)
+
+    def knows(self, node: Node) -> bool:
+        """Whether all sums are there that may be asked for; of a linear of no experts they are."""
+        names = [places[node] for places in (self._inputs, self._outputs) if node in places]
+        return self._results.known_expert_sums >= set(names)
 
     def completed(self, node: Node, statistics: Statistics) -> Statistics:
         """Statistics at the input of a linear; of an expert with few tokens together with average ones.
@@ -92,8 +122,8 @@ class ExpertMeans:
         lacking = self._lacking(node, statistics.tokens, of_inputs=True)
         if lacking == 0:
             return statistics
-        mean = self._inputs[node]
-        if mean.tokens == 0:
+        mean = self._sums(self._inputs[node])
+        if mean is None or not any(mean.tokens.values()):
             raise CalibrationError(
                 f"no token reaches the experts around {weight_name(node)}: the masks leave none in any calibration "
                 "batch, or the batches are empty; an attention_mask is 1 at the tokens that count"
@@ -112,24 +142,26 @@ class ExpertMeans:
         """The Gram matrix of the gradients at the output of a linear, or None where the mean is taken for all."""
         return None if node in self._residual else gram
 
-    def gradients(self, grams: Mapping[str, Tensor]) -> dict[Node, Tensor]:
-        """The Gram matrices of gradients of experts where they are others than their own.
+    def gradients(self, grams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`grams`, by the names of weights, with those of experts completed."""
+        return _CompletedGradients(grams, self, {weight_name(node): node for node in self._shapes})
 
-        Args:
-            grams: their own, by the names of weights.
-        """
-        found: dict[Node, Tensor] = {}
-        means: dict[int, Tensor] = {}
-        for node, tokens in self._tokens.items():
-            outputs, gram = self._outputs[node], grams.get(weight_name(node))
-            lacking = self._lacking(node, tokens, of_inputs=False)
-            if outputs.tokens == 0:
-                continue
-            if node in self._residual:
-                found[node] = means.setdefault(id(outputs), outputs.of(1)["gram"].float())
-            elif gram is not None and lacking > 0:
-                found[node] = (gram.double() + outputs.of(lacking)["gram"]).to(gram.dtype)
-        return found
+    def gradient(self, node: Node, gram: Tensor | None) -> Tensor | None:
+        """The Gram matrix of the gradients at an expert's output, from its own; None if there is none."""
+        mean = self._sums(self._outputs[node])
+        if mean is None or not mean.total or not any(mean.tokens.values()):
+            return gram
+        if node in self._residual:
+            return mean.of(1)["gram"].float()
+        lacking = self._lacking(node, mean.tokens[weight_name(node)], of_inputs=False)
+        if gram is None or lacking == 0:
+            return gram
+        return (gram.double() + mean.of(lacking)["gram"].to(gram.device)).to(gram.dtype)
+
+    def _sums(self, name: str) -> ExpertSums | None:
+        if self._last[0] != name:
+            self._last = name, self._results.expert_sums(name)
+        return self._last[1]
 
     def _lacking(self, node: Node, tokens: int, *, of_inputs: bool) -> int:
         """How many tokens an expert lacks; 0 of other linears."""
@@ -137,3 +169,25 @@ class ExpertMeans:
             return 0
         d_out, d_in = self._shapes[node]
         return max(TOKENS_A_CHANNEL * (d_in if of_inputs else d_out) - tokens, 0)
+
+
+class _CompletedGradients(Mapping[str, Tensor]):
+    """Gram matrices of gradients, completed when they are asked for."""
+
+    def __init__(self, own: Mapping[str, Tensor], means: ExpertMeans, experts: Mapping[str, Node]) -> None:
+        self._own, self._means, self._experts = own, means, experts
+
+    def __getitem__(self, name: str) -> Tensor:
+        node = self._experts.get(name)
+        if node is None:
+            return self._own[name]
+        found = self._means.gradient(node, self._own.get(name))
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in {**dict.fromkeys(self._own), **dict.fromkeys(self._experts)} if name in self])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,5 +1,6 @@
 """What a run of `Reconstruction` will take of memory, disk and time, by arithmetic over the captured graph."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.capture import Captured
+from ..graph.picked_tokens import Pick, choices
 from ..graph.run import Block, weights_of
 from ..memory import format_bytes, resident_bytes
 from .config import CompressConfig
@@ -32,6 +34,9 @@ _OF_SUMS = 8
 _OF_TRAINED = 24
 """Bytes of a number that is trained: its value, gradient, two moments, best state, and what an update makes."""
 
+_WRITTEN_COPIES = 3
+"""Of a tensor of all experts while it is put together: its parts, the whole, and the whole that is written."""
+
 SHARES = (8, 16, 32, 64)
 """The weights of a block take at most this part of the memory: the first, or the next where more does not fit."""
 
@@ -47,6 +52,7 @@ class Needs:
         process: bytes that are held already: libraries, the graph, the batches.
         block: bytes of weights, values and sums of the step that takes most, for one batch.
         solve: bytes of the solution of the widest linear.
+        written: bytes of the largest tensor of experts while it is put together.
         values: bytes of what is kept of all batches between two steps; in memory or in files.
         kept: bytes of results on disk.
         share: of the model's weights, that of the linears to compress.
@@ -57,6 +63,7 @@ class Needs:
     process: int
     block: int
     solve: int
+    written: int
     values: int
     kept: int
     share: float
@@ -66,7 +73,7 @@ class Needs:
     @property
     def least(self) -> int:
         """Bytes of memory without which nothing works."""
-        return int(self.process + _MARGIN * max(self.block, self.solve))
+        return int(self.process + _MARGIN * max(self.block, self.solve, self.written))
 
     @property
     def in_memory(self) -> int:
@@ -77,6 +84,7 @@ class Needs:
         return (
             f"{format_bytes(self.process)} are held already, the largest block takes {format_bytes(self.block)}, the "
             f"widest linear {format_bytes(self.solve)}"
+            + (f", a tensor of all experts {format_bytes(self.written)}" if self.written else "")
         )
 
     def seconds(self, device: torch.device) -> float:
@@ -99,7 +107,8 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     gradients = METHODS[config.method].gradients and config.gradients
     sizes = dict(captured.graph.named_parameters(remove_duplicate=False))
     batches = len(captured.inputs)
-    largest = max(_block_bytes(block, sizes, found, gradients=gradients) for block in blocks)
+    picks = captured.masks.picks
+    largest = max(_block_bytes(block, sizes, found, picks, gradients=gradients) for block in blocks)
     borders = [set(block.outputs) for block in blocks[:-1]]
     border = batches * max((sum(map(_bytes, nodes)) for nodes in borders), default=0)
     # All borders and the gradients at one; or, in the sweep, both flows of what lies between two of its segments.
@@ -110,22 +119,33 @@ def needs_of(captured: Captured, found: Mapping[Node, FoundLinear], config: Comp
     widest = max(max(shape) for shape in shapes)
     element = next(iter(sizes.values())).element_size()
     kept = int(numbers * config.density * element)
-    passes, squares = 2.0, sum(found[group.members[0]].shape[1] ** 2 for group in groups(captured.graph.graph, linears))
+    together = groups(captured.graph.graph, linears)
+    shares = _shares_of_tokens(linears, picks)  # of experts a small part
+    computed = sum(shares[node] * math.prod(linear.shape) for node, linear in found.items())
+    squares = sum(shares[group.members[0]] * found[group.members[0]].shape[1] ** 2 for group in together)
+    projections = {linear.projection: linear.shape for linear in found.values() if linear.projection is not None}
+    kept += sum(4 * (d_out**2 + d_in**2) for d_out, d_in in projections.values())
+    passes = 2.0
     if gradients:
-        kept += sum(4 * d_out**2 for d_out, _ in shapes) + 2 * border
-        passes, squares = 7.0, squares + sum(d_out**2 for d_out, _ in shapes)
+        own = [linear for linear in found.values() if linear.projection is None or not linear.projection.is_residual]
+        kept += sum(4 * linear.shape[0] ** 2 for linear in own) + 2 * border
+        passes = 7.0
+        squares += sum(shares[node] * linear.shape[0] ** 2 for node, linear in found.items())
     if config.refine:
-        ends = [segment.block for segment in plan(captured.graph.graph, linears, blocks=True)]
-        trained = [_trained_bytes(block, sizes, found) for block in ends if block is not None]
+        ends = [segment.block for segment in plan(captured.graph.graph, linears, blocks=True, picks=picks.keys())]
+        trained = [_trained_bytes(block, sizes, found, picks) for block in ends if block is not None]
         largest, passes = max(largest, *trained, 0), passes + passes_of(config.refine)
     return Needs(
         process=resident_bytes(),
         block=largest,
         solve=_SOLVE_COPIES * 8 * widest**2,
+        written=_WRITTEN_COPIES
+        * element
+        * max((len(of.together) * of.experts * math.prod(shape) for of, shape in projections.items()), default=0),
         values=values,
         kept=kept,
         share=numbers / max(sum(parameter.numel() for parameter in captured.graph.parameters()), 1),
-        products=2.0 * tokens * (passes * numbers + 2 * squares),
+        products=2.0 * tokens * (passes * computed + 2 * squares),
         solving=2.0 * _SOLVE_PRODUCTS * sum(float(min(shape)) ** 2 * max(shape) for shape in shapes),
     )
 
@@ -148,11 +168,16 @@ def fit_blocks(
 
 
 def _block_bytes(
-    block: Block, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear], *, gradients: bool
+    block: Block,
+    sizes: Mapping[str, Tensor],
+    found: Mapping[Node, FoundLinear],
+    picks: Mapping[Node, Pick],
+    *,
+    gradients: bool,
 ) -> int:
     read = weights_of(block.nodes) & sizes.keys()
     weights = sum(sizes[name].numel() * sizes[name].element_size() for name in read)
-    made = sum(map(_bytes, block.nodes)) * (2 if gradients else 1)
+    made = _made_bytes(block, picks) * (2 if gradients else 1)
     own = [node for node in block.nodes if node in found]
     widths = {node.all_input_nodes[0]: found[node].shape[1] for node in own}
     sums = sum(_OF_SUMS * width**2 for width in widths.values())
@@ -161,9 +186,40 @@ def _block_bytes(
     return weights + made + sums
 
 
-def _trained_bytes(block: ResidualBlock, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear]) -> int:
+def _made_bytes(block: Block, picks: Mapping[Node, Pick]) -> int:
+    """What a block makes of one batch; of experts the most that tokens can make, each of which goes to a few."""
+    made = sum(_bytes(node) for node in block.nodes if node not in picks)
+    of_experts: dict[Node, dict[Node, int]] = {}
+    for node in block.nodes:
+        if node in picks:
+            pick = picks[node]
+            rows = of_experts.setdefault(pick.source, {})
+            rows[pick.tokens] = rows.get(pick.tokens, 0) + _bytes(node)  # of one token
+    for source, rows in of_experts.items():
+        chosen = min(choices(next(iter(rows))) or len(rows), len(rows))
+        made += chosen * _count(source.meta["val"].shape[:-1]) * max(rows.values())
+    return made
+
+
+def _shares_of_tokens(linears: Iterable[Node], picks: Mapping[Node, Pick]) -> dict[Node, float]:
+    """Which part of the tokens reaches each linear: of experts, one alike."""
+    experts: dict[Node, set[Node]] = {}
+    for pick in picks.values():
+        experts.setdefault(pick.source, set()).add(pick.tokens)
+    shares = {}
+    for node in linears:
+        shares[node] = 1.0
+        if node in picks:
+            count = len(experts[picks[node].source])
+            shares[node] = min((choices(picks[node].tokens) or count) / count, 1.0)
+    return shares
+
+
+def _trained_bytes(
+    block: ResidualBlock, sizes: Mapping[str, Tensor], found: Mapping[Node, FoundLinear], picks: Mapping[Node, Pick]
+) -> int:
     """Of a residual block while it is refined: what `_block_bytes` counts of a block, and what is trained."""
-    made = _block_bytes(Block(block.nodes, (), {}), sizes, found, gradients=True)
+    made = _block_bytes(Block(block.nodes, (), {}), sizes, found, picks, gradients=True)
     return made + _OF_TRAINED * sum(d_out * d_in for d_out, d_in in (found[node].shape for node in block.linears))
 
 

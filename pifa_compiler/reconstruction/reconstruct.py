@@ -1,7 +1,7 @@
 """`Reconstruction`: M over a captured model, from statistics over ranks to factors, wherever its weights lie."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -14,7 +14,7 @@ from ..report import Report
 from .allocators import ALLOCATORS, Allocator, Budget, Seen
 from .config import CompressConfig
 from .expert_means import FEW_TOKENS, ExpertMeans
-from .gradients import Keep, sum_dense
+from .gradients import BlockDone, Keep, sum_dense
 from .methods import METHODS, MethodOptions
 from .refinement import Refinement, check_batches
 from .results import Results
@@ -33,14 +33,14 @@ def sum_gradients(
     *,
     for_ranks: bool = False,
     room: Room | None = None,
-    results: Results | None = None,
+    done: BlockDone | None = None,
+    save: Callable[[BlockDone], None] | None = None,
     processes: Processes | None = None,
 ) -> tuple[str | None, tuple[str, ...]]:
     """`sum_dense` for models that have gradients: why this one has none, or None, and what was out of the ordinary."""
     predictions = find_predictions(captured)
     if isinstance(predictions, str):
         return predictions, ()
-    done, add = (None, None) if results is None else (results.last_block(), results.add_block)
     try:
         notes = sum_dense(
             captured,
@@ -51,7 +51,7 @@ def sum_gradients(
             for_ranks=for_ranks,
             room=room,
             done=done,
-            save=add,
+            save=save,
             processes=processes,
         )
     except DerivativeError as error:
@@ -121,7 +121,7 @@ class Reconstruction:
         self._uses = uses_of(self.captured.graph, self.found)
         self._shared = shared_among(self._uses)
         self._inputs_of_shared: dict[Node, Statistics] = {}
-        self._means = ExpertMeans(self.found)
+        self._means = ExpertMeans(self.found, self.results)
 
     def run(self) -> dict[Node, RankedLinear]:
         """Measures the dense model, gives its linears ranks, and makes their factors, which go to `results`.
@@ -169,9 +169,6 @@ class Reconstruction:
             self._take(self.statistics, allocator, gradients=wants_gradients)
         elif wants_gradients or wants_ranks or self._shared or self._means:
             self._sum(allocator, gradients=wants_gradients)
-        if self.no_gradients is None:
-            for node, gram in self._means.gradients(self.results.gradient_grams).items():
-                self.results.add_linear(node, self.results.seen(node) or Seen(), gram)
 
     def _take(self, statistics: DenseStatistics, allocator: Allocator, *, gradients: bool) -> None:
         self.no_gradients = statistics.no_gradients if gradients else None
@@ -185,11 +182,12 @@ class Reconstruction:
                 seen = allocator.look_at(name, weight, statistics.of_input(name).gram, gram)
             self.results.add_linear(node, seen, gram)
             if self._means:
-                self._means.add({node: statistics.sums(name)})
+                self._means.add({node: replace(statistics.sums(name), gradient_gram=gram)})
         self._inputs_of_shared = {node: statistics.of_input(weight_name(node)) for node in self._shared}
 
     def _sum(self, allocator: Allocator, *, gradients: bool) -> None:
         def keeper() -> Keep:
+            self._means.begin()
             sums = SumsOfShared(self._shared)
             return lambda linears: keep(sums.complete(linears))
 
@@ -208,6 +206,10 @@ class Reconstruction:
                     self._inputs_of_shared[node] = sums.statistics()
             self._means.add(linears)
 
+        def save(done: BlockDone) -> None:
+            if self._means.are_whole:  # a run that goes on has to add all experts of a layer
+                self.results.add_block(done)
+
         def all_of(nodes: Iterable[Node]) -> list[Node]:
             return [use for node in nodes for use in self._uses[node]]
 
@@ -219,13 +221,15 @@ class Reconstruction:
                 self.progress,
                 for_ranks=not self._shared,
                 room=self.room,
-                results=self.results,
+                done=self.results.last_block(),
+                save=save,
                 processes=self.processes,
             )
         pending = []
         for node in self.found:
             seen = self.results.seen(node)
-            if seen is None or (seen.weighted and self.no_gradients is not None):
+            unweighted = self.no_gradients is not None
+            if seen is None or (seen.weighted and unweighted) or not self._means.knows(node):
                 pending.append(node)
         sum_inputs(self.captured, all_of(pending), keeper(), self.progress, room=self.room, processes=self.processes)
 
@@ -252,7 +256,7 @@ class Reconstruction:
         if not active:
             return
         options = MethodOptions(config.mix, config.damping, config.gradient_damping)
-        grams = self.results.gradient_grams
+        grams = self._means.gradients(self.results.gradient_grams)
         weights, order = self.captured.weights, self.one_order
         two_flows = method.two_flows or config.refine > 0
         solver = GroupSolver(method, options, weights, ranked, order, grams, config.pivoting, self.processes)

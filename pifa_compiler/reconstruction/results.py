@@ -1,6 +1,6 @@
 """What the walks over a model have found so far: sums of linears, then factors of groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from ..report import LayerReport
 from .allocators import Seen
 from .gradients import BlockDone
 from .solver import Solved
+from .statistics import ExpertSums
 from .sweep import Group
 
 
@@ -31,6 +32,19 @@ class Results(Protocol):
     @property
     def gradient_grams(self) -> Mapping[str, Tensor]:
         """Sums of gradients, [out, out], by the names of weights."""
+        ...
+
+    def add_expert_sums(self, name: str, sums: ExpertSums) -> None:
+        """Keeps the sums over all experts of a layer at a place called `name`, instead of those there were."""
+        ...
+
+    def expert_sums(self, name: str) -> ExpertSums | None:
+        """The sums called `name`; None if they were not added yet."""
+        ...
+
+    @property
+    def known_expert_sums(self) -> Set[str]:
+        """The names of those that were added."""
         ...
 
     def add_block(self, done: BlockDone) -> None:
@@ -57,6 +71,7 @@ class ResultsInMemory:
         self.gradient_grams: dict[str, Tensor] = {}
         self.groups: list[Mapping[Node, Solved]] = []
         self._seen: dict[Node, Seen] = {}
+        self._expert_sums: dict[str, ExpertSums] = {}
 
     def add_linear(self, linear: Node, seen: Seen, gradient_gram: Tensor | None) -> None:
         """See `Results`."""
@@ -68,6 +83,19 @@ class ResultsInMemory:
     def seen(self, linear: Node) -> Seen | None:
         """See `Results`."""
         return self._seen.get(linear)
+
+    def add_expert_sums(self, name: str, sums: ExpertSums) -> None:
+        """See `Results`."""
+        self._expert_sums[name] = sums
+
+    def expert_sums(self, name: str) -> ExpertSums | None:
+        """See `Results`."""
+        return self._expert_sums.get(name)
+
+    @property
+    def known_expert_sums(self) -> Set[str]:
+        """See `Results`."""
+        return self._expert_sums.keys()
 
     def add_block(self, done: BlockDone) -> None:
         """Nothing: a run that was stopped is lost."""

@@ -67,6 +67,23 @@ class DenseSums:
         return Statistics(gram, gram, gram, self.sum_abs.double() / max(self.tokens, 1), self.tokens)
 
 
+@dataclass(frozen=True)
+class ExpertSums:
+    """Sums over the tokens of all experts of a layer in the dense model, where all have a linear, in float32.
+
+    Attributes:
+        total: by what is summed: "gram", [n, n], and "sum_abs", [n]; none if there were no gradients to sum.
+        tokens: of each expert, by the name of its weight.
+    """
+
+    total: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+
+    def of(self, tokens: int) -> dict[str, Tensor]:
+        """The sums of so many average tokens, in float64."""
+        return {name: total.double() * (tokens / sum(self.tokens.values())) for name, total in self.total.items()}
+
+
 class SumsOfShared:
     """Adds up the sums of linears that read one weight, of one walk over the dense model.
 

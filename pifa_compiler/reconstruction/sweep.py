@@ -17,7 +17,7 @@ Asked for, what lies between two sums of the residual stream is handed over once
 can be trained together (`ResidualBlock`, `BlockValues`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,8 +115,18 @@ class Flows:
             values.pop(node, None)
 
 
-def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False, blocks: bool = False) -> list[Segment]:
+def plan(
+    graph: torch.fx.Graph,
+    linears: Iterable[Node],
+    *,
+    drift: bool = False,
+    blocks: bool = False,
+    picks: Set[Node] = frozenset(),
+) -> list[Segment]:
     """Segments in the order of the graph; nodes that no linear's input needs are in none of them.
+
+    What becomes of `picks`, tokens that experts get, is computed and added to the rest as soon as it can be, so that no
+    more than one expert's is held.
 
     With `drift` also what linears' outputs are added to is computed. Where several outputs are added to one value (the
     attention's and the MLP's in parallel) the last of these linears has all others among its addends, and they none:
@@ -129,6 +139,7 @@ def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False,
     done: set[Node] = set()
     segments = []
     open_groups: list[Group] = []  # in no block so far
+    returned: set[Node] = set()  # of what experts of the group before compute
     for group in groups(graph, unsolved):
         sums = {member: tuple(_sums(member)) for member in group.members if drift or blocks}
         sums = {
@@ -148,11 +159,25 @@ def plan(graph: torch.fx.Graph, linears: Iterable[Node], *, drift: bool = False,
             open_groups = [each for each in open_groups if before.isdisjoint(each.members)]
         addends = {member: tuple(addend for _, addend in found) for member, found in sums.items()}
         read = [*(node for nodes in addends.values() for node in nodes), *(() if block is None else block.inputs)]
-        needed = sorted(ancestors(group.source, *read, known=done), key=position.__getitem__)
+        needed = sorted(ancestors(group.source, *read, *returned, known=done), key=position.__getitem__)
         done.update(needed)
         computed = tuple(node for node in needed if node.op not in ("placeholder", "get_attr"))
         segments.append(Segment(computed, group, addends if drift else {}, block))
+        behind = _behind(group, picks)
+        returned = {node for node in behind if not unsolved & ancestors(node, known=done)}
     return segments
+
+
+def _behind(group: Group, picks: Set[Node]) -> set[Node]:
+    """What reads values of `picks` that are computed from linears of a group, and is none."""
+    found, pending = set[Node](), [member for member in group.members if member in picks]
+    while pending:
+        for user in pending.pop().users:
+            if user in picks:
+                pending.append(user)
+            elif user.users:  # others say something about a value only
+                found.add(user)
+    return found
 
 
 def _block(graph: torch.fx.Graph, open_groups: Iterable[Group], last: Node, total: Node) -> ResidualBlock | None:
@@ -235,7 +260,9 @@ class Sweep:
         self._dense_gram = dense_gram
         self._processes = Processes() if processes is None else processes
         self._weights = captured.weights
-        self.segments = plan(captured.graph.graph, linears, drift=drift, blocks=blocks)
+        self.segments = plan(
+            captured.graph.graph, linears, drift=drift, blocks=blocks, picks=captured.masks.picks.keys()
+        )
         by_weight = linears_by_weight(captured.graph)
         self._uses = {node: by_weight[weight_name(node)] for node in linears}  # a new weight is one for all of them
         self._replaced: dict[Node, Replacement] = {}  # of linears that are still to be computed

@@ -1,6 +1,7 @@
 """`WorkingFolder`: results of a long run on disk, each whole or not there, so that a run that was stopped goes on.
 
 linears/NAME      sums of the dense model at a linear: what the allocator saw, and the gradients' Gram matrix
+experts/NAME      sums of the dense model over all experts of a layer
 blocks/RANK-N     gradients at the border that the way back through the dense model has come to
 groups/NAME       factors of linears that read one value, and their reports
 sites/NUMBER      layers of a site that took over, or gave away, a row order
@@ -8,7 +9,7 @@ values/           what does not fit into memory between two steps; worthless to 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from ..run_folder import RunFolder, load_tensors, save_tensors, whole
 from .allocators import Seen
 from .gradients import BlockDone
 from .solver import Solved
+from .statistics import ExpertSums
 from .sweep import Group
 
 
 class WorkingFolder(RunFolder):
     """Findings of a run in a folder (see `Results`); its arguments are those of a `RunFolder`."""
 
-    rooms = ("linears", "blocks", "groups", "sites", "values")
+    rooms = ("linears", "experts", "blocks", "groups", "sites", "values")
     scratch = "values"
 
     def __init__(
@@ -40,6 +42,7 @@ class WorkingFolder(RunFolder):
         self._graph: dict[str, Node] = {}
         self._seen: dict[str, Seen] = {}
         self._site_of: dict[str, int] = {}
+        self._expert_sums = {path.stem for path in (folder / "experts").glob("*.safetensors")}
 
     @property
     def values(self) -> Path:
@@ -75,6 +78,25 @@ class WorkingFolder(RunFolder):
         found = self._read("linears", name, "gradient_gram")
         return None if found is None else found[0].get("gradient_gram")
 
+    def add_expert_sums(self, name: str, sums: ExpertSums) -> None:
+        """See `Results`."""
+        if self.processes.is_first:
+            self._write("experts", name, sums.total, {"tokens": json.dumps(dict(sums.tokens))})
+        self._expert_sums.add(name)
+
+    def expert_sums(self, name: str) -> ExpertSums | None:
+        """See `Results`; read when they are asked for."""
+        found = self._read("experts", name)
+        if found is None:
+            return None
+        with whole(self._path("experts", name), self._blocks):
+            return ExpertSums(found[0], json.loads(found[1]["tokens"]))
+
+    @property
+    def known_expert_sums(self) -> Set[str]:
+        """See `Results`."""
+        return self._expert_sums
+
     def add_block(self, done: BlockDone) -> None:
         """See `Results`."""
         tensors = {
@@ -85,15 +107,19 @@ class WorkingFolder(RunFolder):
         notes = {"block": done.block, "batches": len(done.gradients), "bfloat16": done.bfloat16}
         save_tensors(self._block(done.block), tensors, {"done": json.dumps(notes)})
         # The one before stays: a process that shares the run may not have come further.
-        self._block(done.block + 2).unlink(missing_ok=True)
+        for number in sorted(number for number in self._own_blocks() if number > done.block)[1:]:
+            self._block(number).unlink(missing_ok=True)
 
     def _block(self, number: int) -> Path:
         return self._blocks / f"{self.processes.rank}-{number}.safetensors"
 
+    def _own_blocks(self) -> list[int]:
+        own = self.folder.glob(f"blocks/{self.processes.rank}-*.safetensors")
+        return [int(path.stem.partition("-")[2]) for path in own]
+
     def last_block(self) -> BlockDone | None:
         """See `Results`; the last that all processes have done."""
-        own = [path.stem for path in self.folder.glob(f"blocks/{self.processes.rank}-*.safetensors")]
-        numbers = self.processes.gather([int(stem.partition("-")[2]) for stem in own])
+        numbers = self.processes.gather(self._own_blocks())
         if not all(numbers):
             return None
         path = self._block(max(map(min, numbers)))
@@ -179,7 +205,7 @@ class WorkingFolder(RunFolder):
         save_tensors(self._path(room, name), known, notes)
 
     def _read(self, room: str, name: str, start: str | None = "") -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        return load_tensors(self._path(room, name), start, self._blocks if room == "linears" else None)
+        return load_tensors(self._path(room, name), start, self._blocks if room in ("linears", "experts") else None)
 
 
 class GramsOnDisk(Mapping[str, Tensor]):

@@ -113,7 +113,7 @@ def empty(model: nn.Module) -> None:
         (tied, "down_proj is tied to lm_head.weight"),
         (used_twice, "is used elsewhere too"),
         (spread, "spread over processes"),
-        (empty, "load the model into memory and call compress"),
+        (empty, "they have no values"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from pifa_compiler.graph.capture import Captured, capture
 from pifa_compiler.graph.linears import weight_name
+from pifa_compiler.graph.picked_tokens import choices
 from pifa_compiler.reconstruction.sweep import Sweep
 
 
@@ -26,6 +27,18 @@ class Picking(nn.Module):
 def linears(captured: Captured) -> dict[str, torch.fx.Node]:
     nodes = captured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     return {weight_name(node).removesuffix(".weight"): node for node in nodes}
+
+
+def test_how_many_experts_a_token_goes_to_is_read_off_what_chooses_them():
+    class Choosing(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            tokens = (index == 1).any(dim=1).nonzero().squeeze(1)
+            return x.index_add(0, tokens, x.index_select(0, tokens).tanh())
+
+    captured = capture(Choosing(), [(torch.randn(4, 6), torch.tensor([[0, 1, 2]] * 4))])
+    assert {choices(pick.tokens) for pick in captured.masks.picks.values()} == {3}
+    other = capture(Picking(), [torch.randn(2, 4, 6)])
+    assert {choices(pick.tokens) for pick in other.masks.picks.values()} == {None}
 
 
 def test_what_is_computed_from_picked_tokens_row_by_row_are_rows_of_theirs():
