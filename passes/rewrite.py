@@ -66,7 +66,8 @@ def run_passes(gm: GraphModule, passes: Iterable[Rewrite], *, strict: bool = Fal
     """Runs `passes` over `gm` one after the other, in place, and says what happened at every node they looked at.
 
     What a rewrite leaves without a reader is removed if it has no effects (`effects.remove_unread`), and nothing else
-    is: a call that nobody reads may be there for what it writes. The graph is checked and recompiled after every pass.
+    is: a call that nobody reads may be there for what it writes. The graph is checked after every pass, and
+    recompiled after one that rewrote something.
 
     Raises:
         PassError: `strict` is set and a pass skipped a node; the passes before it have been applied.
@@ -103,5 +104,6 @@ def _run_pass(gm: GraphModule, rule: Rewrite, strict: bool) -> list[Record]:
         remove_unread(gm.graph, operands)
         records.append(Record(name, node.name, new.name))
     gm.graph.lint()
-    gm.recompile()
+    if any(not isinstance(record.outcome, Skip) for record in records):
+        gm.recompile()
     return records

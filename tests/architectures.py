@@ -162,8 +162,8 @@ def pali_gemma() -> nn.Module:
 ROTARY = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 TEXT_OF_QWEN = {**GROUPED, "max_position_embeddings": 128, "rope_parameters": ROTARY}
 TOWER_OF_QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2}
-QWEN2_VL = {**PICTURES, "text_config": TEXT_OF_QWEN}
-QWEN2_VL |= {"vision_config": {**TOWER_OF_QWEN, "embed_dim": 32, "mlp_ratio": 2}}
+QWEN2_VL = {**PICTURES, "text_config": {**TEXT_OF_QWEN, "num_hidden_layers": 1}}
+QWEN2_VL |= {"vision_config": {**TOWER_OF_QWEN, "depth": 1, "embed_dim": 32, "mlp_ratio": 2}}
 QWEN2_5_VL = {**PICTURES, "text_config": TEXT_OF_QWEN}
 QWEN2_5_VL |= {
     "vision_config": {

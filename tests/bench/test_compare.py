@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import pifa_compiler as pc
@@ -14,6 +15,11 @@ from pifa_compiler.errors import CheckpointError, ConfigError
 from pifa_compiler.hf.perplexity import perplexity
 
 SETTING = Setting("tiny", "words", ("a", "b"), samples=4, seqlen=32, windows=2, rank_multiple=1)
+
+
+def one_block() -> LlamaForCausalLM:
+    """A tiny model: what is looked at is how rows are made, not the models in them."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 def windows(count: int) -> list[torch.Tensor]:
@@ -28,7 +34,7 @@ def texts() -> dict[str, list[torch.Tensor]]:
 def run(path: Path, texts, methods, densities=(0.6,), batches=None) -> list[Row]:
     torch.manual_seed(5)
     file = CompareRows(path, SETTING)
-    return compare.compare(tiny_llama(), batches or windows(4), texts, file, list(densities), methods)
+    return compare.compare(one_block(), batches or windows(4), texts, file, list(densities), methods)
 
 
 def test_every_row_is_what_compress_gives_by_itself(tmp_path, texts):
@@ -40,16 +46,16 @@ def test_every_row_is_what_compress_gives_by_itself(tmp_path, texts):
     assert [(row.method, row.density_asked) for row in rows] == [("dense", None), *((name, 0.6) for name in names)]
     for row in rows[1:]:
         method, _, allocator = row.method.partition("+")
-        model = tiny_llama()
+        model = one_block()
         config = pc.CompressConfig(density=0.6, method=method, rank_multiple=1, allocator=allocator or None)
         assert pc.compress(model, batches, config).density == row.stored <= 0.6
         for text in texts:
             assert row.perplexity[text] == pytest.approx(perplexity(model, texts[text]).perplexity, rel=1e-4)
-    assert rows[0].perplexity["a"] == pytest.approx(perplexity(tiny_llama(), texts["a"]).perplexity)
+    assert rows[0].perplexity["a"] == pytest.approx(perplexity(one_block(), texts["a"]).perplexity)
 
 
 def test_pruned_models_have_two_of_four_weights_everywhere_but_in_the_head():
-    model, dense = tiny_llama(), tiny_llama()
+    model, dense = one_block(), one_block()
     compare.prune(model, windows(4), "sparsegpt-2:4")
     for (name, weight), (_, before) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
         if "proj" in name:
@@ -72,7 +78,7 @@ def test_training_gives_each_model_a_second_row_and_pruned_weights_stay_pruned(t
     recovery = compare.Recovery(config, [torch.randint(0, 64, (4, 32)) for _ in range(8)])
     torch.manual_seed(5)
     file = CompareRows(tmp_path / "rows.json", SETTING)
-    arguments = (tiny_llama(), windows(4), texts, file, [0.6], ["wanda-2:4", "svd-llm"])
+    arguments = (one_block(), windows(4), texts, file, [0.6], ["wanda-2:4", "svd-llm"])
     rows = compare.compare(*arguments, recovery=recovery)
     after = ", 6 steps of distillation"
     names = ["wanda-2:4", f"wanda-2:4{after}", "svd-llm", f"svd-llm{after}"]
@@ -81,7 +87,7 @@ def test_training_gives_each_model_a_second_row_and_pruned_weights_stay_pruned(t
         assert trained.stored == start.stored
         assert trained.seconds > start.seconds
         assert trained.perplexity != start.perplexity
-    assert len(kept) == 14
+    assert len(kept) == 7
     assert all(((weight != 0).reshape(len(weight), -1, 4).sum(dim=2) <= 2).all() for weight in kept)
     monkeypatch.setattr(compare, "distill", None)
     assert compare.compare(*arguments, recovery=recovery) == rows  # from the file
@@ -139,7 +145,7 @@ def test_unknown_methods_are_refused(name, words):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "model")
+    one_block().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     for name, step in (("calibration", 1), ("test", 3)):
         (tmp_path / f"{name}.txt").write_text(" ".join(f"w{i * i * step % 61}" for i in range(300)))
