@@ -53,29 +53,34 @@ def by_autograd(model: nn.Module, calls: list[dict[str, torch.Tensor]]):
     return grams, gradient_grams
 
 
+@pytest.fixture(scope="module", params=[None, slice(9, None), slice(None, 3)], ids=["whole", "right", "left"])
+def four_blocks(request):
+    """A tiny Llama captured with three calls, padded at this side or not at all; the calls; and their tokens."""
+    torch.manual_seed(0)
+    calls = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
+    if request.param is not None:
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        mask[1, request.param] = 0
+        calls = [{**call, "attention_mask": mask} for call in calls]
+    return capture(tiny_llama(num_hidden_layers=4), calls), calls, 3 * (24 if request.param is None else 21)
+
+
 @pytest.mark.parametrize(
     ("bfloat16", "limit"),
     [(False, None), (False, 0), (False, 1 << 14), (True, None)],
     ids=["fp32", "fp32-in-files", "fp32-some-in-files", "bf16-units"],
 )
-@pytest.mark.parametrize("padded", [None, slice(9, None), slice(None, 3)], ids=["whole", "right", "left"])
-def test_both_sums_are_those_of_autograd_on_the_whole_model(padded, bfloat16, limit, tmp_path, monkeypatch):
+def test_both_sums_are_those_of_autograd_on_the_whole_model(four_blocks, bfloat16, limit, tmp_path, monkeypatch):
     monkeypatch.setattr(output_gradients, "_signs", lambda count, generator: torch.ones(count))
     monkeypatch.setattr(output_gradients, "has_bfloat16_units", lambda device: bfloat16)
     monkeypatch.setattr(value_store, "_SMALL", 64)
-    model = tiny_llama(num_hidden_layers=4)
-    calls = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
-    if padded is not None:
-        mask = torch.ones(2, 12, dtype=torch.int64)
-        mask[1, padded] = 0
-        calls = [{**call, "attention_mask": mask} for call in calls]
-    captured = capture(model, calls)
+    captured, calls, tokens = four_blocks
     predictions = find_predictions(captured)
     found = DenseStatistics()
     sum_dense(captured, linears_of(captured), predictions, found.add, room=Room(limit, tmp_path))
     assert list(tmp_path.iterdir()) == []  # what was written is gone with the walk
-    grams, gradient_grams = by_autograd(model, calls)
-    assert set(found.tokens.values()) == {3 * (21 if padded else 24)}
+    grams, gradient_grams = by_autograd(tiny_llama(num_hidden_layers=4), calls)
+    assert set(found.tokens.values()) == {tokens}
     assert {name.removesuffix(".weight") for name in found.gradient_gram} == set(gradient_grams) == set(grams)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         rounded = by_autograd(tiny_llama(num_hidden_layers=4), calls)
