@@ -1,6 +1,7 @@
 """Distillation as users call it: on tiny models, alone, killed, interrupted, and shared by two processes."""
 
 import copy
+import itertools
 import os
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def test_the_options_train_too(changes: dict[str, object], model: LlamaForCausal
 def test_minutes_end_in_time_and_at_learning_rate_zero(model: LlamaForCausalLM, dense: LlamaForCausalLM) -> None:
     found = pc.distill(model, dense, tokens(), replace(CONFIG, steps=None, minutes=0.05)).distillation
     assert found is not None
-    assert found.seconds < 4.5  # of 3, and a step or an evaluation on a busy machine
+    assert found.seconds < 6  # of 3, and a step or an evaluation on a busy machine
     assert found.steps[-1].learning_rate < 0.1 * max(row.learning_rate for row in found.steps)
     assert found.steps[-1].held_out is not None
 
@@ -155,6 +156,27 @@ def test_an_error_leaves_the_model_as_it_was(
     with pytest.raises(MemoryError):
         pc.distill(model, dense, tokens(), CONFIG)
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_of_what_is_trained_four_copies_are_in_memory(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pifa_compiler.distill"], "has_bfloat16_units", lambda device: bfloat16)
+    dense = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    model = copy.deepcopy(dense)
+    pc.compress(model, tokens(1), pc.CompressConfig(density=0.5, method="svd"))
+    windows = [ids[:1, :4] for ids in tokens(3)]  # so few tokens that weights count alone
+    config = replace(CONFIG, steps=2, batches_per_step=2, learning_rate=1e-4, bfloat16=bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = pc.distill(model, dense, windows, config).distillation
+    assert found is not None
+    assert found.best_step
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    # What was there before is not counted, so that the model counts once, by the file that it is mapped from. The copy,
+    # its gradient and two moments remain, and half a copy of casts for the way back.
+    mapped = sum(each.nbytes for each in model.parameters())
+    copies = (max(live) - mapped) / (4 * found.trained)
+    assert 3.5 < copies < 4.4 + 0.5 * bfloat16
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: BaseException) -> None:
@@ -234,7 +256,7 @@ SHARED = replace(CONFIG, save_minutes=1e-9)
 """Of the runs that several processes have a part in; there is a state after every step."""
 
 SCRIPT = """
-import os, signal, sys, warnings
+import copy, os, signal, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
@@ -245,7 +267,7 @@ from pifa_compiler.processes import joined
 from pifa_compiler.distillation.training import Training
 
 if __name__ == "__main__":
-    folder, kill, shard = Path(sys.argv[1]), int(sys.argv[2]), "shard" in sys.argv
+    folder, kill = Path(sys.argv[1]), int(sys.argv[2])
     usual = Training._step
 
     def step(self, number, rate):
@@ -256,10 +278,11 @@ if __name__ == "__main__":
     Training._step = step
     with joined(os.environ, torch.device("cpu")) as processes:
         start, dense, windows, config = torch.load(folder / "models.pt", weights_only=False)
-        config = replace(config, shard=shard)
-        report = pc.distill(start, dense, windows, config, folder=folder / "run")
-        if processes.is_first:
-            torch.save((start.state_dict(), report.to_dict()), folder / "result.pt")
+        for name in ("run", "sharded") if processes.size > 1 else ("run",):
+            model, config = copy.deepcopy(start), replace(config, shard=name == "sharded")
+            report = pc.distill(model, dense, windows, config, folder=folder / name)
+            if processes.is_first:
+                torch.save((model.state_dict(), report.to_dict()), folder / f"{name}.pt")
 """
 
 
@@ -272,14 +295,14 @@ def whole(start: LlamaForCausalLM, dense: LlamaForCausalLM) -> tuple[dict[str, T
     return model.state_dict(), found
 
 
-def run(folder: Path, models: tuple[nn.Module, nn.Module], kill: int, *more: str, processes: int = 1) -> int:
+def run(folder: Path, models: tuple[nn.Module, nn.Module], kill: int, processes: int = 1) -> int:
     """Runs the script; its exit code."""
     torch.save((*models, tokens(), SHARED), folder / "models.pt")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command = [sys.executable, *(launch if processes > 1 else []), str(folder / "script.py"), str(folder), str(kill)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
@@ -331,17 +354,20 @@ def test_a_run_of_something_else_does_not_go_on(
         pc.distill(model, dense, tokens(), config, folder=folder, resume=True)
 
 
+@pytest.fixture(scope="module")
+def by_two(start: LlamaForCausalLM, dense: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two processes make, replicated and sharded, one after the other."""
+    folder = tmp_path_factory.mktemp("two")
+    assert run(folder, (start, dense), -1, processes=2) == 0
+    return folder
+
+
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("more", [(), ("shard",)], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("name", ["run", "sharded"], ids=["replicated", "sharded"])
 def test_two_processes_do_what_one_does(
-    more: tuple[str, ...],
-    model: LlamaForCausalLM,
-    dense: LlamaForCausalLM,
-    whole: tuple[dict[str, Tensor], pc.DistillReport],
-    tmp_path: Path,
+    name: str, by_two: Path, whole: tuple[dict[str, Tensor], pc.DistillReport]
 ) -> None:
-    assert run(tmp_path, (model, dense), -1, *more, processes=2) == 0
-    state, report = torch.load(tmp_path / "result.pt", weights_only=False)
+    state, report = torch.load(by_two / f"{name}.pt", weights_only=False)
     found = pc.Report.from_dict(report).distillation
     assert found is not None
     # Gradients are sums of three batches in another order, 1e-7 apart; AdamW divides them by their own size, so that

@@ -187,7 +187,7 @@ def drawn(examples: int) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-@drawn(100)
+@drawn(60)
 def test_the_passes_keep_what_random_graphs_do(name: str, steps: Any, outputs: Any, pipeline: Any, dtype: Any):
     check(CAPTURES[name], steps, outputs, pipeline, dtype)
 

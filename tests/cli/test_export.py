@@ -19,7 +19,7 @@ from pifa_compiler.cli import export as cli_export
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "pifa"
-    save_pretrained(pifa_llama(), folder, tokenizer=tiny_tokenizer())
+    save_pretrained(pifa_llama(num_hidden_layers=1), folder, tokenizer=tiny_tokenizer())
     return folder
 
 
@@ -31,7 +31,7 @@ def test_a_saved_model_becomes_a_folder_for_every_runtime(compressed: Path, tmp_
     result = pifa(compressed, "-o", tmp_path / "model.onnx", "--kv-cache", "--check", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert (found["export"]["layers"], found["export"]["layers_in_order"]) == (14, 4)
+    assert (found["export"]["layers"], found["export"]["layers_in_order"]) == (7, 2)
     assert found["export"]["error"] < 1e-4
     assert found["export"]["tokens_checked"] == 16
     assert Path(found["genai"]) == tmp_path / "genai_config.json"
@@ -54,7 +54,7 @@ def test_options_reach_the_file(compressed: Path, tmp_path: Path) -> None:
     assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", 21)]
     assert onnx.TensorProto.FLOAT16 in {tensor.data_type for tensor in file.graph.initializer}
     assert [child.name for child in tmp_path.iterdir()] == ["m.onnx"]
-    assert "14 PIFA layers, 4 of them without any reordering" in result.stdout
+    assert "7 PIFA layers, 2 of them without any reordering" in result.stdout
 
 
 def test_an_onnx_file_is_rewritten(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def test_the_cache_generates_what_the_model_does_with_left_padding(
     assert torch.equal(generate_greedily(session(with_cache, native=native), tokens, mask, 40), wanted)
 
 
-def test_a_causal_lm_without_a_cache_gives_the_logits(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_causal_lm_without_a_cache_gives_the_logits(tmp_path: Path) -> None:
+    llama = pifa_llama(num_hidden_layers=1)
     assert to_onnx(llama, tmp_path / "m.onnx", check=True).tokens_checked is None
     tokens = torch.randint(2, 64, (1, 9))
     opened = session(tmp_path / "m.onnx")

@@ -87,8 +87,7 @@ def test_values(size: tuple[int, int, int], tokens: int, dtype: torch.dtype, epi
 
 @interpreted
 @pytest.mark.usefixtures("nan_in_new_tensors")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (5, torch.float32)], ids=["one", "few"])
 @pytest.mark.parametrize("size", [(40, 2500, 8), (2200, 30, 2100)], ids=["pivots", "rest"])
 def test_values_where_programs_share_a_sum(size: tuple[int, int, int], tokens: int, dtype: torch.dtype):
     assert_errs_at_most_twice_as_much_as_torch(operands(*size, tokens, dtype, True, True))
