@@ -6,6 +6,7 @@ A file is written into a folder beside its place, checked there, and moved: `mod
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,7 +92,7 @@ def read_model(path: str | os.PathLike[str]) -> "onnx.ModelProto":
         names = [tensor.name for tensor in graph.initializer] + [
             tensor.values.name for tensor in graph.sparse_initializer
         ]
-        if twice := next((name for name in set(names) if names.count(name) > 1), None):
+        if twice := next((name for name, times in Counter(names).items() if times > 1), None):
             raise ExportError(f"{source}: two constants are called {twice!r}; runtimes disagree which of them counts")
     return model
 

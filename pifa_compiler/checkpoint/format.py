@@ -128,7 +128,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{folder / INDEX} has no table `weight_map`; it is damaged, copy it again")
-    for shard in set(shards.values()):
+    for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX} names {shard!r}; wanted safetensors files beside it")
     held: set[tuple[str, str]] = set()
