@@ -39,7 +39,7 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
     arguments comes as a statement too, whose result nobody reads. Samples that the eager operator refuses are left out.
 
     Args:
-        one_kind: what writes to its arguments comes as a statement only.
+        one_kind: the functions and in-place methods alone, and what writes to its arguments as a statement only.
     """
     if not op.supports_dtype(dtype, "cpu"):
         return
@@ -49,6 +49,8 @@ def programs_of(op: Any, dtype: torch.dtype, samples: int, one_kind: bool = Fals
         name = f"{op.name}{'.' if op.variant_test_name else ''}{op.variant_test_name} {dtype} sample {i}"
         undefined = op.name in UNDEFINED
         for form, function in forms(op).items():
+            if one_kind and form not in ("function", "in-place"):
+                continue
             program = Program(f"{name} {form}", _call(function), args, kwargs, undefined)
             outcome = eager_outcome(program)
             if outcome is None:
