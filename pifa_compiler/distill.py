@@ -81,11 +81,10 @@ def distill(
     processes, place = Processes(), device or next(model.parameters()).device
     bfloat16 = config.bfloat16 and has_bfloat16_units(place)
     autocast = functools.partial(torch.autocast, place.type, torch.bfloat16) if bfloat16 else nullcontext
-    student = Student(model, trained_names(model, config.train), place)
+    names = trained_names(model, config.train)
     dense = copied(teacher, place).eval()
-    if config.shard:
-        mesh = mesh_over(processes, place)
-        student.shard(mesh)
+    mesh = mesh_over(processes, place) if config.shard else None
+    if mesh is not None:
         shard(dense, mesh)
     objective = _objective(dense, calls[0].to(place), config)
     notes = []
@@ -97,6 +96,9 @@ def distill(
             opened = RunFolder(folder, run, resume=resume, processes=processes)
             stack.callback(opened.close, finished=False)
             work = folder
+        student = stack.enter_context(Student(model, names, place, work, None if config.shard else dense))
+        if mesh is not None:
+            student.shard(mesh)
         live = LiveTeacher(dense, objective, autocast)
         asked: Teacher = live
         if config.top_k is not None:

@@ -1,6 +1,7 @@
 """`PifaLinear`: the module that stands where an `nn.Linear` stood."""
 
 import math
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +22,8 @@ class WithRowOrder(nn.Module):
     order: Tensor | None
     pivots: Tensor
     out_features: int
-    _order_is_of: tuple[Tensor, int] | None = None
-    """The pivots that `order` was derived from, and their version; None if that is not known."""
+    _order_is_of: "tuple[weakref.ref[Tensor], int] | None" = None
+    """The pivots that `order` was derived from, not held by this, and their version; None if that is not known."""
 
     def restore_order(self) -> None:
         """Recomputes the row order from `pivots`; for loaders that fill the parameters without `load_state_dict`."""
@@ -49,7 +50,7 @@ class WithRowOrder(nn.Module):
         if torch.compiler.is_compiling():
             return
         pivots, known = self.pivots, self._order_is_of
-        if known is not None and known[0] is pivots and known[1] == pivots._version:
+        if known is not None and known[0]() is pivots and known[1] == pivots._version:
             return
         if not (pivots.is_meta or pivots.is_inference() or _is_transformed(pivots)):
             self.restore_order()
@@ -206,9 +207,9 @@ def _check_shape(in_features: int, out_features: int, rank: int, dtype: torch.dt
         raise ConfigError(f"a PifaLinear holds floating-point parameters, got dtype {dtype}")
 
 
-def _with_version(pivots: Tensor) -> tuple[Tensor, int] | None:
+def _with_version(pivots: Tensor) -> "tuple[weakref.ref[Tensor], int] | None":
     """None of tensors of inference mode, which count no versions."""
-    return None if pivots.is_inference() else (pivots, pivots._version)
+    return None if pivots.is_inference() else (weakref.ref(pivots), pivots._version)
 
 
 def _not_settable(value: object) -> str:

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,9 @@ from .errors import OffloadError
 from .processes import Processes
 
 _RUN, _LOCK, _OUTPUT = "run.json", "lock", "output.json"
+
+_ALIGNMENT = 64
+"""Of tensors in a mapped file: no dtype, and no vector of a processor, is wider."""
 
 
 class RunFolder:
@@ -125,7 +129,7 @@ def hash_of(values: Any) -> str:
         found.update(pytree.keystr(path).encode())
         if isinstance(value, Tensor):
             found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            found.update(_bytes_of(value))
         else:
             found.update(repr(value).encode())
     return found.hexdigest()
@@ -158,6 +162,32 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str
 
     with explained(path.parent):
         _write_whole(path, write)
+
+
+def mapped(tensors: Sequence[Tensor], folder: Path) -> list[Tensor]:
+    """The same values, mapped from a file in `folder`, which has no name any more and ends with the last of them.
+
+    Raises:
+        OffloadError: it cannot be written.
+    """
+    if not tensors:
+        return []
+    places = []
+    with explained(folder), tempfile.NamedTemporaryFile(dir=folder) as file:
+        for tensor in tensors:
+            places.append(file.tell())
+            file.write(_bytes_of(tensor))
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+        file.flush()
+        content = torch.from_file(file.name, shared=False, size=file.tell(), dtype=torch.uint8)
+    return [
+        content[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for place, tensor in zip(places, tensors, strict=True)
+    ]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def load_tensors(

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from ..linear import WithRowOrder
+from ..modules import storage_of
 from ..processes import Processes
+from ..run_folder import mapped
 
 KINDS = ("factors", "norms", "biases")
 
@@ -50,21 +54,48 @@ def trained_names(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 
 
 class Student:
-    """A copy of a model that is trained; of the model itself it shares what it does not change.
+    """A copy of a model that is trained, while the values of the model itself lie on disk.
+
+    The model has the same values all the time. What it shares with the teacher, or with itself, stays where it is. As a
+    context manager it brings the model's values back at the end, if `give_back` has not.
 
     Args:
         model: stays as it is until `give_back`.
         names: parameters that are trained.
         device: where to train.
+        folder: where the model's values lie meanwhile.
+        teacher: is on the device; what is not trained, and has the same values there, is not held twice.
+
+    Raises:
+        OffloadError: the folder cannot hold them.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        device: torch.device,
+        folder: Path,
+        teacher: nn.Module | None = None,
+    ) -> None:
         self.original, self.device = model, device
         chosen = dict.fromkeys(names)
-        self.copy = copied(model, device, trained=chosen)
+        apart = _apart(model, teacher)
+        self.copy = copied(model, device, trained=chosen, apart=apart, teacher=teacher)
         self.copy.eval()  # no dropout: teacher and student are compared value by value
         parameters = dict(self.copy.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: parameters[name] for name in chosen}
+        self._devices = {name: tensor.device for name, tensor in apart.items()}
+        values = mapped([tensor.detach() for tensor in apart.values()], folder)
+        for tensor, value in zip(apart.values(), values, strict=True):
+            tensor.data = value
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.copy.zero_grad()  # for room
+        self.give_back({})
 
     @property
     def numbers(self) -> int:
@@ -93,38 +124,79 @@ class Student:
             put(parameter, values[name])
 
     def give_back(self, values: Mapping[str, Tensor]) -> None:
-        """Puts values into the model, each in its parameter's own dtype: all of them, or none if anything comes up."""
-        parameters = dict(self.original.named_parameters())
+        """Puts values into the model, each in its parameter's own dtype: all of them, or none if anything comes up.
+
+        Its other values are in memory again then.
+        """
+        tensors = _tensors(self.original)
+        old = {name: tensors[name].data for name in (*self._devices, *values)}
         new = {
-            name: value.to(parameters[name].device, parameters[name].dtype, copy=True).contiguous()
-            for name, value in values.items()
+            name: values.get(name, value).to(self._devices.get(name, value.device), value.dtype, copy=True).contiguous()
+            for name, value in old.items()
         }
-        old = {name: parameters[name].data for name in new}
         try:
             for name, value in new.items():
-                parameters[name].data = value
+                tensors[name].data = value
         except BaseException:
             for name, value in old.items():
-                parameters[name].data = value
+                tensors[name].data = value
             raise
+        self._devices = {}
 
 
-def copied(model: nn.Module, device: torch.device, *, trained: Iterable[str] = ()) -> nn.Module:
-    """A copy on a device: parameters `trained` are new, in float32, and all others share memory where they can.
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
-    With nothing to train each parameter keeps its dtype, else all take float32.
+
+def _apart(model: nn.Module, teacher: nn.Module | None) -> dict[str, Tensor]:
+    """What has all of a piece of memory to itself, which is free when it goes elsewhere."""
+    tensors = _tensors(model)
+    others = [] if teacher is None else _tensors(teacher).values()
+    holders = Counter(map(storage_of, (*tensors.values(), *others)))
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if type(tensor) in (Tensor, nn.Parameter)
+        and holders[storage_of(tensor)] == 1
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    }
+
+
+def copied(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    trained: Iterable[str] = (),
+    apart: Iterable[str] = (),
+    teacher: nn.Module | None = None,
+) -> nn.Module:
+    """A copy on a device: what is `trained` or `apart` is new, all else shares memory where it can.
+
+    With nothing to train all keep their dtypes, else they take float32. What is not trained is the teacher's
+    where that holds the same.
     """
-    chosen = set(trained)
+    chosen, new = set(trained), {*trained, *apart}
+    known = {} if teacher is None else _tensors(teacher)
     memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        data = parameter.detach()
-        floating = chosen and data.is_floating_point()
-        moved = data.to(device, torch.float32 if floating else data.dtype, copy=name in chosen)
-        memo[id(parameter)] = nn.Parameter(moved, requires_grad=name in chosen)
-    for buffer in model.buffers():
-        floating = chosen and buffer.is_floating_point()
-        memo[id(buffer)] = buffer.detach().to(device, torch.float32 if floating else buffer.dtype)
+    for name, tensor in _tensors(model).items():
+        data = tensor.detach()
+        dtype = torch.float32 if chosen and data.is_floating_point() else data.dtype
+        moved = None if name in chosen else _same(known.get(name), data.to(device, dtype))
+        if moved is None:
+            moved = data.to(device, dtype, copy=name in new)
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=name in chosen)
+        memo[id(tensor)] = moved
     return copy.deepcopy(model, memo)
+
+
+def _same(known: Tensor | None, data: Tensor) -> Tensor | None:
+    """The values of `known` if they are those of `data`."""
+    if known is None or (known.dtype, known.device, known.shape) != (data.dtype, data.device, data.shape):
+        return None
+    return known.detach() if torch.equal(known, data) else None
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

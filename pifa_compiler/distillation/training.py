@@ -107,7 +107,9 @@ class Training:
                 raise  # the others may wait for this one
             interrupted = True
             notes.append(f"interrupted after {len(self.rows)} steps; the best state until then was kept")
-        self.optimizer.state.clear()  # what is left to do needs the memory
+        finally:
+            self.optimizer.state.clear()  # what is left to do needs the memory
+            self.optimizer.zero_grad()
         if not self.best_step:
             notes.append("no state was better on the held-out batches than the one to start with, which was kept")
         return DistillReport(
