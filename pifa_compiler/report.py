@@ -288,6 +288,12 @@ class Report:
         return sum(layer.stored_after for layer in self.layers if layer.target) / dense if dense else 1.0
 
     @property
+    def linear_density(self) -> float:
+        """The same of all linears, those that the budget leaves out too: routers, the output head, `skip` patterns."""
+        dense = sum(math.prod(layer.shape) for layer in self.layers)
+        return sum(layer.stored_after for layer in self.layers) / dense if dense else 1.0
+
+    @property
     def skipped(self) -> list[LayerReport]:
         """The layers left as they were, each with its reason."""
         return [layer for layer in self.layers if layer.skipped is not None]
@@ -317,6 +323,7 @@ class Report:
             "method": self.method,
             "density_requested": self.density_requested,
             "density": self.density,
+            "linear_density": self.linear_density,
             "model_density": self.model_density,
             "params_before": self.params_before,
             "params_after": self.params_after,
@@ -333,7 +340,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.method}: {len(self.factorized)} layers in PIFA form, {len(self.skipped)} left as they were; "
-            f"density {self.density:.4f}, {self.params_before:,} -> {self.params_after:,} parameters "
+            f"density {self.density:.4f}, {self.linear_density:.4f} with the linears that do not count for it, "
+            f"{self.params_before:,} -> {self.params_after:,} parameters "
             f"({self.model_density:.4f} of the whole model) in {self.seconds:.1f} s"
         ]
         if self.in_basis:

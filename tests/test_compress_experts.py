@@ -53,6 +53,11 @@ def test_a_projection_of_all_experts_becomes_one_layer_of_one_rank():
     assert f"row order absorbed by {PATHS[2]}" in found[PATHS[0]].notes
     assert "decides which experts a token goes to" in found["model.layers.0.mlp.gate"].skipped
     assert report.density <= 0.6
+    linears = sum(module.weight.numel() for module in tiny_mixtral().modules() if isinstance(module, nn.Linear))
+    router = model.model.layers[0].mlp.gate.weight.numel()
+    stored = sum(layer.stored_after for layer in report.layers)
+    assert report.linear_density == stored / (linears + router + EXPERTS * 3 * 48 * 32)
+    assert f"{report.linear_density:.4f} with the linears that do not count for it" in str(report)
     left = sum(layer.stored_before for layer in report.layers if not layer.target)
     rest = dense - sum(layer.stored_before for layer in report.layers)
     assert report.params_after <= 0.6 * (dense - left - rest) + left + rest

@@ -33,7 +33,11 @@ def summary(report: Report, output: Path, data: str, device: str) -> None:
     console, where = _console(), shlex.quote(str(output))
     rows = [
         ("saved", f"{output} ({_bytes(folder_bytes(output))})"),
-        ("density", f"{report.density_requested} asked, {report.density:.4f} reached"),
+        (
+            "density",
+            f"{report.density_requested} asked, {report.density:.4f} reached; "
+            f"{report.linear_density:.4f} with the linears that do not count for it",
+        ),
         (
             "parameters",
             f"{report.params_before:,} -> {report.params_after:,}, {report.model_density:.4f} of the whole model",
