@@ -284,10 +284,10 @@ def _guards(model: Any) -> dict[str, tuple[int, ...]]:
     }
     for place, module in modules:
         if isinstance(module, PifaExperts):
-            # Sorted: every save of a model has to name the same guard.
-            gone = sorted({"gate_up_proj" if name == "gate_proj" else name for name in module.pifa if name != "up_proj"})
+            # Sorted, for every save of a model has to name the same guard.
+            names = {"gate_up_proj" if name == "gate_proj" else name for name in module.pifa} - {"up_proj"}
             # transformers takes weights of experts apart when it saves them, and puts them together when it loads them.
-            guards |= {f"{place}.{name}": (1, 2, 1) for name in gone or ["up_proj"]}
+            guards |= {f"{place}.{name}": (1, 2, 1) for name in sorted(names) or ["up_proj"]}
     return guards
 
 
