@@ -115,6 +115,13 @@ def test_minutes_end_in_time_and_at_learning_rate_zero(model: LlamaForCausalLM, 
     assert found.steps[-1].held_out is not None
 
 
+def test_minutes_say_how_many_batches_a_step_has(model: LlamaForCausalLM, dense: LlamaForCausalLM) -> None:
+    config = replace(CONFIG, steps=None, minutes=1e-3, batches_per_step=None)
+    found = pc.distill(model, dense, tokens(), config).distillation
+    assert found is not None
+    assert found.notes[0] == "6 batches for a step"  # 60 ms do not do for 100 steps of 1024 tokens, in batches of 192
+
+
 def test_an_encoder_is_trained_by_its_hidden_states() -> None:
     torch.manual_seed(0)
     sizes: dict[str, object] = {

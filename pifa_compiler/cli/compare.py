@@ -51,7 +51,9 @@ def compare_verb(
     distill_steps: Annotated[
         int | None, typer.Option(metavar="N", help="Instead of --distill: so many updates, on whatever machine.")
     ] = None,
-    windows_per_step: Annotated[int, typer.Option(min=1, help="Windows of text for one update.")] = 8,
+    windows_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Windows of text for one update. Default: 8, or what the minutes allow.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.png, .svg or .pdf).")] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,

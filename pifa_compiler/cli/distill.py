@@ -39,7 +39,9 @@ def distill_verb(
     minutes: Annotated[float | None, typer.Option(help="How long, instead of --steps.")] = None,
     data: CalibrationData = "pydoc",
     seqlen: Seqlen = 2048,
-    windows_per_step: Annotated[int, typer.Option(min=1, help="Windows of text for one update.")] = 8,
+    windows_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Windows of text for one update. Default: 8, or what the minutes allow.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="The highest; it ends at 0. Default: see docs/distillation.md.")
     ] = None,

@@ -65,8 +65,7 @@ class Training:
         self.student, self.teacher, self.objective, self.config = student, teacher, objective, config
         self.calls, self.held_out, self.folder, self.durable = calls, held_out, folder, durable
         self.processes, self.autocast, self.progress = processes, autocast, progress
-        tokens = sum(map(objective.count, calls)) / len(calls) * config.batches_per_step
-        self.schedule = Schedule(config, tokens)
+        self.schedule = Schedule(config, sum(map(objective.count, calls)) / len(calls))
         self.optimizer = torch.optim.AdamW(
             student.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -99,6 +98,9 @@ class Training:
                 seconds = self._seconds()
                 self.before = self.best = self._evaluate()
                 self.schedule.reserve = self._seconds() - seconds
+            self.schedule.fit(len(self.held_out))
+            if self.config.minutes is not None and self.config.batches_per_step is None:
+                notes.append(f"{self.schedule.batches} batches for a step")
             if self.objective.name == "logits":
                 self.schedule.start(self.before)
             self._train(notes)
@@ -161,8 +163,8 @@ class Training:
 
     def _step(self, number: int, rate: float) -> tuple[float, float]:
         """One update; its loss and the norm of its gradient."""
-        first = number * self.config.batches_per_step
-        numbers = [self._batch(first + place) for place in range(self.config.batches_per_step)]
+        first = number * self.schedule.batches
+        numbers = [self._batch(first + place) for place in range(self.schedule.batches)]
         scale = 1 / sum(self.objective.count(self.calls[each]) for each in numbers)
         loss = torch.zeros((), dtype=torch.float64, device=self.student.device)
         for each, counts in self._own(numbers):
