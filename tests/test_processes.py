@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_models import tiny_mixtral
 from tiny_models import tiny_llama
 
 import pifa_compiler as pc
@@ -105,6 +106,17 @@ def test_two_processes_make_what_one_makes(model: Path) -> None:
         assert process.returncode == 0, said
     compare(model)
     compare_refined(model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_two_processes_make_the_same_experts(model: Path) -> None:
+    tiny_mixtral().save_pretrained(model / "dense")
+    with torchrun(model) as process:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    assert any(".experts." in name for name in pc.load_pretrained(model / "two").state_dict())
+    compare(model)
 
 
 @pytest.mark.slow
