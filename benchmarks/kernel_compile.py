@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from pifa_compiler.kernels.basis_linear_triton_operator import basis_kernel
+from pifa_compiler.kernels.basis_linear_triton_operator import fixed_tile as fixed_basis_tile
 from pifa_compiler.kernels.grouped_linear_triton_operator import fixed_tile, grouped_kernel
 from pifa_compiler.kernels.linear_triton_decode import decode_kernel
 from pifa_compiler.kernels.linear_triton_prefill import GROUP_M, prefill_kernel
@@ -35,7 +37,10 @@ from triton.compiler import ASTSource
 D_IN, RANK, OUT = 4096, 2048, 4096
 """Compiled for d = 4096 at half rank: the widths that matter are multiples of 16, as ranks are by default."""
 
-KERNELS = ("prefill", "decode1", "decode16", "siblings_prefill", "siblings_decode1", "siblings_decode16", "grouped")
+KERNELS = (
+    *("prefill", "decode1", "decode16", "siblings_prefill", "siblings_decode1", "siblings_decode16"),
+    *("grouped", "basis"),
+)
 
 EXPERTS = 128
 
@@ -86,7 +91,8 @@ class Case:
 
     Attributes:
         kernel: one of `KERNELS`: "decode1" is for one token, "decode16" for 2 to 16; those of siblings are compiled for
-            one weight of the whole size and two of a quarter of it, "grouped" for experts.
+            one weight of the whole size and two of a quarter of it, "grouped" for experts, "basis"
+            for heads of 128 at 512 inputs, with one basis for all ("pivots") and for one head ("rest").
         product: "pivots" (x w_pivot^T) or "rest" (y_p coeff^T).
         tile, dtype, chip: what it is compiled with and for.
         precision: of float32 products, "ieee" or "tf32".
@@ -142,7 +148,7 @@ def tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
     """The list that autotuning tries."""
     if kernel.startswith("siblings"):
         return siblings_tiles(ITEMSIZE[dtype], 17 if kernel.endswith("prefill") else _block_m(kernel), hip)
-    if kernel == "grouped":
+    if kernel in ("grouped", "basis"):
         return fixed_tiles_of(kernel, dtype, hip)  # it has no others
     if kernel.endswith("prefill"):
         return prefill_tiles(ITEMSIZE[dtype], hip)
@@ -161,6 +167,8 @@ def fixed_tiles_of(kernel: str, dtype: str, hip: bool) -> tuple[Tile, ...]:
         found = [fixed_siblings_tile(rows, bucket, size, hip) for bucket in buckets for rows in (1, 2**31)]
     elif kernel == "grouped":
         found = [fixed_tile(rows, 1, d, size, hip) for rows in (1, 128, 1024, 2**31) for d in (1, 2**31)]
+    elif kernel == "basis":
+        found = [fixed_basis_tile(tokens, d, size, hip) for tokens in (1, 128, 1024, 2**31) for d in (1, 2**31)]
     elif kernel == "prefill":
         found = [fixed_prefill_tile(bucket, size, hip) for bucket in (128, 1024, 2**31)]
     else:
@@ -236,6 +244,11 @@ def _arguments(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         experts = {"EXPERTS": EXPERTS, "BLOCK_E": EXPERTS}
         del common["BUCKET"]
         return grouped_kernel, {**pointers, **strides, **experts, **sizes, "GROUP": GROUP_M, **common}
+    if case.kernel == "basis":
+        pointers = {"x": x, "w": x, "bias": x, "y": x}
+        heads = {"SIZE": 256 * 128 if first else 128, "D": 128, "K": 384}
+        del common["BUCKET"]
+        return basis_kernel, {**pointers, "M": "i32", "stride_y": "i32", **heads, **common}
     index, bias = ("*i32", x) if case.ordered else (None, None)
     if case.kernel.startswith("siblings"):
         overlap = {name: sizes[name] for name in ("SIGNAL", "WAIT") if name in sizes}
@@ -324,7 +337,7 @@ def faults(case: Case, figures: Figures) -> list[str]:
         found.append("no tensor-core instruction")
     if not figures.wide:
         found.append("no global load is 16 bytes wide")
-    indices = case.ordered or case.kernel == "grouped"  # are loaded as well
+    indices = case.ordered or case.kernel in ("grouped", "basis")  # are loaded as well
     if not indices and figures.narrow:
         found.append(f"{figures.narrow} global loads are narrower than 16 bytes")
     if figures.shared > chip.shared_per_program:

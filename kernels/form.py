@@ -1,7 +1,7 @@
-"""What a form of `pifa::linear` or `pifa::grouped_linear` is: one way to compute it on one type of device, and when.
+"""What a form of an operator is: one way to compute it on one type of device, and when.
 
-Each form is a file of this folder that defines a `Form`; `FORMS`, in `passes/lower.py`, lists them by operator and by
-type of device.
+Each form of `pifa::linear`, `pifa::grouped_linear` or `pifa::basis_linear` is a file of this folder that defines a
+`Form`; `FORMS`, in `passes/lower.py`, lists them by operator and by type of device.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Linear = Callable[..., Tensor]
-"""x, w_pivot, coeff, order, bias -> y, as of `pifa::linear`; `pifa::grouped_linear` takes `ends` besides."""
+"""The operator's operands -> y: x, w_pivot, coeff, order, bias of `pifa::linear`, say."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,19 @@ class Case:
     Attributes:
         device: type of the device, such as "cpu".
         dtype: of the weights.
-        d_in, d_out, rank: the shape of the linear, or of each expert's.
+        d_in, d_out: the shape of the linear, or of each expert's.
         tokens: rows of x, or of the example that was traced where they vary; None if unknown.
         other_dtypes: those of x, bias and result that are known and differ from `dtype`, as under autocast.
+        groups: of heads, each with a basis of its own, in `pifa::basis_linear`.
     """
 
     device: str
     dtype: torch.dtype
     d_in: int
     d_out: int
-    rank: int
     tokens: int | None
     other_dtypes: frozenset[torch.dtype] = frozenset()
+    groups: int = 1
 
 
 @dataclass(frozen=True)

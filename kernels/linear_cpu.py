@@ -60,17 +60,22 @@ def load() -> str | None:
     Returns:
         None, or why it cannot be had (no compiler, say): `pifa::linear` is then run as the plain subgraph.
     """
+    return load_source(SOURCE)
+
+
+def load_source(source: Path) -> str | None:
+    """As `load`, for one of the files of native code."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
-        torch.ops.load_library(str(build(pick_vec_isa())))
+        torch.ops.load_library(str(build(pick_vec_isa(), source=source)))
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         return f"native code could not be built: {error}".splitlines()[0]
     return None
 
 
-def build(vec_isa: "VecISA", namespace: str = "pifa") -> Path:
+def build(vec_isa: "VecISA", namespace: str = "pifa", source: Path | None = None) -> Path:
     """The native code as a library, built unless that was done before.
 
     It is compiled by the C++ compiler that Inductor would use, and kept in a folder whose name says what it was built
@@ -78,7 +83,8 @@ def build(vec_isa: "VecISA", namespace: str = "pifa") -> Path:
 
     Args:
         vec_isa: the vector units to build for, as `torch._inductor.cpu_vec_isa` has them.
-        namespace: where `SCHEMAS` are defined that the library implements.
+        namespace: where the operators are defined that the library implements.
+        source: of the code; `SOURCE` if None.
 
     Raises:
         CppCompileError, InvalidCxxCompiler: of torch: there is no compiler, or it fails.
@@ -87,30 +93,31 @@ def build(vec_isa: "VecISA", namespace: str = "pifa") -> Path:
     """
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 
+    source = SOURCE if source is None else source
     options = CppTorchOptions(vec_isa=vec_isa, extra_flags=(f"-DPIFA_NAMESPACE={namespace}",))
-    builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir="")
+    builder = CppBuilder(name=source.stem, sources=str(source), BuildOption=options, output_dir="")
     # The command says -march=native: a home that several machines share needs a library for each kind of them.
     machine = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
-    key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{SOURCE.read_text(encoding='utf-8')}"
+    key = f"{torch.__version__}\n{machine}\n{builder.get_command_line()}\n{source.read_text(encoding='utf-8')}"
     folder = folder_for(key)
     # A library that a full disk or a crash cut short may take down the process that loads it.
-    kept = next((file for file in folder.glob("linear_cpu-*") if file.stem == _name(file)), None)
+    kept = next((file for file in folder.glob(f"{source.stem}-*") if file.stem == _name(source, file)), None)
     if kept is not None:
         return kept
-    log.info("building %s in %s once for this machine; takes some 20 seconds", SOURCE.name, folder)
+    log.info("building %s in %s once for this machine; takes some 20 seconds", source.name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:
-        builder = CppBuilder(name="linear_cpu", sources=str(SOURCE), BuildOption=options, output_dir=partial)
+        builder = CppBuilder(name=source.stem, sources=str(source), BuildOption=options, output_dir=partial)
         builder.build()
         built = Path(builder.get_target_file_path())
-        library = folder / f"{_name(built)}{built.suffix}"
+        library = folder / f"{_name(source, built)}{built.suffix}"
         os.replace(built, library)
     return library
 
 
-def _name(library: Path) -> str:
+def _name(source: Path, library: Path) -> str:
     """What it is called in the cache: says whether its bytes are those that were built."""
-    return f"linear_cpu-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}"
+    return f"{source.stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}"
 
 
 def _reason_against(case: Case) -> str | None:

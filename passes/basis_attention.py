@@ -1,7 +1,7 @@
 """BasisAttention: heads of attention in a basis of inputs, d x d numbers less for each head, and nothing lost.
 
-    v = linear(x, W_v)  ..  linear(attention(q, k, v), W_o)    ->  v' = x_inputs + linear(x_others, R)  ..  W_o'
-    q = linear(x, W_q), k = linear(x, W_k)  ..  q k^T          ->  k' = x_inputs + linear(x_others, R), q' by W_q'
+    v = linear(x, W_v)  ..  linear(attention(q, k, v), W_o)    ->  v' = pifa::basis_linear(x, .., R, ..)  ..  W_o'
+    q = linear(x, W_q), k = linear(x, W_k)  ..  q k^T          ->  k' = pifa::basis_linear(x, .., R, ..), q' by W_q'
 
 with R = C^-1 W_v,others for each head, C = W_v,inputs, and W_o' = W_o C; for keys W_q' = C^T W_q (`head_basis`). Keys
 and queries between which there is RoPE or a norm stay, and so does the rotated part of others (`find_heads`).
@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import RankError
 from ..head_basis import HeadBasis, change_columns, change_rows, find_bases, in_basis
+from ..kernels import basis_linear as _registers_the_operator  # noqa: F401
 from .attention_heads import Head, Heads, find_heads
 from .rewrite import Rewrite, Skip
 from .weights import COMPUTED, Weight, read_weight, store_tensor, tensor_at
@@ -132,27 +133,16 @@ class BasisAttention(Rewrite):
                     and linear.target in self.targets
                 ):
                     linear.update_arg(2, store_tensor(gm, str(bias.target), "in_basis", changed.to(held.dtype)))
-        own, held = found.weights[node], found.biases[node]
+        own = found.weights[node]
         plain, rest, order, bias = in_basis(exact[node], biases[node], found.layout.plain, found.bases)
-        size = len(rest) // len(found.bases)
 
-        def stored(name: str, value: Tensor) -> Node:
+        def stored(name: str, value: Tensor | None) -> Node | None:
+            if value is None or not len(value):
+                return None
             return store_tensor(gm, own.name, name, value.to(own.tensor.dtype) if value.is_floating_point() else value)
 
-        call, x, parts = gm.graph.call_function, node.args[0], []
-        split = [None] * (1 + len(order)) if bias is None else bias.split([len(plain), *[size] * len(order)])
-        bias_nodes = [None if part is None or not len(part) else stored("bias", part) for part in split]
-        if len(plain):
-            parts.append(call(aten.linear.default, (x, stored("plain", plain), bias_nodes[0])))
-        d = found.bases[0].change.shape[-1]
-        for index, rows, bias_node in zip(order, rest.split(size), bias_nodes[1:], strict=True):
-            inputs = call(aten.index_select.default, (x, -1, stored("order", index)))
-            others = call(aten.slice.Tensor, (inputs, -1, d, len(index)))
-            product = call(aten.linear.default, (others, stored("rest", rows), bias_node))
-            heads = call(aten.unflatten.int, (product, -1, [size // d, d]))
-            first = call(aten.unsqueeze.default, (call(aten.slice.Tensor, (inputs, -1, 0, d)), -2))
-            parts.append(call(aten.flatten.using_ints, (call(aten.add.Tensor, (heads, first)), -2, -1)))
-        return parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, -1))
+        tensors = (stored("plain", plain), stored("rest", rest), stored("order", order), stored("bias", bias))
+        return gm.graph.call_function(torch.ops.pifa.basis_linear.default, (node.args[0], *tensors))
 
 
 def _name_of_weight(linear: Node) -> str:

@@ -1,7 +1,8 @@
-"""Lower: pifa::linear, pifa::grouped_linear -> the form that is fastest on the device and at the shape at hand.
+"""Lower: pifa::linear, and so its relatives -> the form that is fastest on the device and at the shape at hand.
 
-`FORMS` and `GROUPED_FORMS` list the forms of every device type that has any. The plain subgraph, the operator's own
-body, is what every compiler sees where no form is taken.
+`FORMS` lists the forms of every device type that has any, `GROUPED_FORMS` and `BASIS_FORMS` those of
+`pifa::grouped_linear` and `pifa::basis_linear`. The plain subgraph, the operator's own body, is what every compiler
+sees where no form is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,15 @@ import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..kernels import grouped_linear_cpu, grouped_linear_triton, linear_cpu, linear_gemm, linear_triton
+from ..kernels import (
+    basis_linear_cpu,
+    basis_linear_triton,
+    grouped_linear_cpu,
+    grouped_linear_triton,
+    linear_cpu,
+    linear_gemm,
+    linear_triton,
+)
 from ..kernels import linear as _registers_the_operator  # noqa: F401
 from ..kernels.form import Case, Form
 from .rewrite import Rewrite, Skip
@@ -29,18 +38,25 @@ GROUPED_FORMS: Mapping[str, Sequence[Form]] = {
 }
 """The same of `pifa::grouped_linear`."""
 
+BASIS_FORMS: Mapping[str, Sequence[Form]] = {"cpu": (basis_linear_cpu.FORM,), "cuda": (basis_linear_triton.FORM,)}
+"""The same of `pifa::basis_linear`."""
+
 
 class Lower(Rewrite):
     """pifa::linear -> the first of `forms` that is for the case; a `Skip` says why it stays the plain subgraph.
 
-    And so pifa::grouped_linear, of `grouped_forms`.
+    And so pifa::grouped_linear, of `grouped_forms`, and pifa::basis_linear, of `basis_forms`.
 
     Args:
         gradients: whether the graph will be differentiated; only the plain subgraph can be.
-        forms, grouped_forms: by type of device, in the order in which they are asked.
+        forms, grouped_forms, basis_forms: by type of device, in the order in which they are asked.
     """
 
-    targets = (torch.ops.pifa.linear.default, torch.ops.pifa.grouped_linear.default)
+    targets = (
+        torch.ops.pifa.linear.default,
+        torch.ops.pifa.grouped_linear.default,
+        torch.ops.pifa.basis_linear.default,
+    )
     is_about_speed_only = True
 
     def __init__(
@@ -49,10 +65,11 @@ class Lower(Rewrite):
         gradients: bool = False,
         forms: Mapping[str, Sequence[Form]] = FORMS,
         grouped_forms: Mapping[str, Sequence[Form]] = GROUPED_FORMS,
+        basis_forms: Mapping[str, Sequence[Form]] = BASIS_FORMS,
     ) -> None:
         self.gradients = gradients
         self.forms: dict[Any, Mapping[str, Sequence[Form]]] = dict(
-            zip(self.targets, (forms, grouped_forms), strict=True)
+            zip(self.targets, (forms, grouped_forms, basis_forms), strict=True)
         )
 
     def match(self, gm: GraphModule, node: Node) -> Form | Skip:
@@ -93,15 +110,23 @@ def choose(case: Case, forms: Sequence[Form]) -> Form | Skip:
 
 
 def _case(gm: GraphModule, node: Node) -> Case | None:
-    x, w_pivot, coeff, _, bias = (value_of(gm, operand) for operand in node.args[:5])
-    result = value_of(gm, node)
-    if w_pivot is None or coeff is None:
-        return None
-    (rank, d_in), d_out = w_pivot.shape[-2:], w_pivot.shape[-2] + coeff.shape[-2]
+    operands: list[Any] = [value_of(gm, operand) for operand in node.args[:5]]
+    result, groups = value_of(gm, node), 1
+    if node.target is torch.ops.pifa.basis_linear.default:
+        x, plain, weight, order, bias = operands
+        if weight is None or order is None or (node.args[1] is not None and plain is None):
+            return None
+        (groups, d_in), others = order.shape, (plain, bias)
+        d_out = weight.shape[0] + (0 if plain is None else plain.shape[0])
+    else:
+        x, weight, coeff, _, bias = operands
+        if weight is None or coeff is None:
+            return None
+        d_in, d_out, others = weight.shape[-1], weight.shape[-2] + coeff.shape[-2], (coeff, bias)
     numbers = None if result is None else hint_of(result.numel())
-    others = {value.dtype for value in (x, coeff, bias, result) if value is not None} - {w_pivot.dtype}
+    dtypes = {value.dtype for value in (x, *others, result) if value is not None} - {weight.dtype}
     tokens = None if numbers is None else numbers // d_out
-    return Case(w_pivot.device.type, w_pivot.dtype, d_in, d_out, rank, tokens, frozenset(others))
+    return Case(weight.device.type, weight.dtype, d_in, d_out, tokens, frozenset(dtypes), groups)
 
 
 def hint_of(number: int | torch.SymInt) -> int | None:

@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .errors import ConfigError
+from .kernels.basis_linear import basis_linear, dense_weight
 
 
 class BasisLinear(nn.Module):
@@ -74,26 +74,12 @@ class BasisLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        d, size = self.head_features, self.heads // self.groups * self.head_features
-        sizes = [self.out_features - self.heads * d, *[size] * self.groups]
-        plain_bias, *biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
-        parts = [] if self.w_plain is None else [linear(x, self.w_plain, plain_bias)]
-        for order, rest, bias in zip(self.order, self.w_rest.split(size), biases, strict=True):
-            inputs = x.index_select(-1, order)
-            heads = linear(inputs[..., d:], rest, bias).unflatten(-1, (-1, d))
-            heads += inputs[..., None, :d]  # in place: another copy of the outputs costs as much as is gained
-            parts.append(heads.flatten(-2))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return basis_linear(x, self.w_plain, self.w_rest, self.order, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [out, in], put together at each call; differentiable."""
-        d, like = self.head_features, self.w_rest
-        eye = torch.eye(d, device=like.device, dtype=like.dtype).repeat(self.heads // self.groups, 1)
-        parts: list[Tensor] = [] if self.w_plain is None else [self.w_plain]
-        for order, rest in zip(self.order, like.chunk(self.groups), strict=True):
-            parts.append(torch.cat((eye, rest), dim=1)[:, torch.argsort(order)])
-        return torch.cat(parts)
+        return dense_weight(self.w_plain, self.w_rest, self.order)
 
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` shows it."""

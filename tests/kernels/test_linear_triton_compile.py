@@ -28,7 +28,8 @@ def assert_no_faults(rows: list[dict]) -> None:
 def test_the_fixed_tiles_keep_what_is_promised(chip: str):
     rows = compiled("--fixed-only", "--chip", chip)
     one_by_one = {"prefill", "decode1", "decode16"}
-    assert {row["kernel"] for row in rows} == one_by_one | {f"siblings_{name}" for name in one_by_one} | {"grouped"}
+    siblings = {f"siblings_{name}" for name in one_by_one}
+    assert {row["kernel"] for row in rows} == one_by_one | siblings | {"grouped", "basis"}
     assert_no_faults(rows)
 
 
