@@ -24,6 +24,7 @@ class Architecture:
         call: keyword arguments to call it with.
         notes: words of the notes that the report of `compress` has, one of each.
         dense: what beside heads, embeddings, norms and convolutions stays as it is: the class of a module.
+        follows_other_code: whether `torch.compile` computes otherwise than the model, whatever the backend.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Architecture:
     call: Callable[[], Call]
     notes: tuple[str, ...] = ()
     dense: str | None = None
+    follows_other_code: bool = False
 
 
 NO_TOKENS = ("not called with token ids",)
@@ -325,7 +327,7 @@ ARCHITECTURES = (
     Architecture(SEVERAL, "CLIP", clip, text_and_image, NO_LOGITS),
     Architecture(SEVERAL, "SigLIP", siglip, text_and_image, NO_LOGITS),
     Architecture(SEVERAL, "LLaVA", llava, text_with_image),
-    Architecture(SEVERAL, "PaliGemma", pali_gemma, text_with_image, IN_PARTS),
+    Architecture(SEVERAL, "PaliGemma", pali_gemma, text_with_image, IN_PARTS, follows_other_code=True),
     Architecture(SEVERAL, "Qwen2-VL", of("Qwen2VLForConditionalGeneration", QWEN2_VL), text_with_patches, IN_PARTS),
     Architecture(
         SEVERAL, "Qwen2.5-VL", of("Qwen2_5_VLForConditionalGeneration", QWEN2_5_VL), text_with_patches, IN_PARTS
