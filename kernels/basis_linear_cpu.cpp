@@ -129,9 +129,9 @@ inline void multiply(const Number* weight, int64_t stride, int64_t terms, const 
     for (int v = 0; v < Vectors; v++) sum[r][v] = Floats::loadu(sums + r * kTokens + v * kLanes);
   int64_t k = 0;
   for (; k + By::kTogether <= terms; k += By::kTogether) {
-    if (k % kLine == 0)  // the next rows, which the processor does not foresee
+    if (k % kLine == 0)  // rows to come, which the processor does not foresee
 #pragma GCC unroll 16
-      for (int r = 0; r < Count; r++) __builtin_prefetch(weight + (Count + r) * stride + k);
+      for (int r = 0; r < Count; r++) __builtin_prefetch(weight + (2 * Count + r) * stride + k);
     decltype(By::tokens(chosen)) tokens[Vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; v++) tokens[v] = By::tokens(chosen + k * kTokens + v * kLanes * By::kTogether);
