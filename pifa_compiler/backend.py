@@ -336,7 +336,8 @@ class _Compiled:
         alone = TracingContext.try_get() is None and fake_mode is not None
         settings = torch.compiler.config
         tag = f"{settings.cache_key_tag}pifa-{_digest_of_kernels()}"
-        with tracing(TracingContext(fake_mode)) if alone else nullcontext(), settings.patch(cache_key_tag=tag):
+        tagged = settings.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # torch puts it into the module
+        with tracing(TracingContext(fake_mode)) if alone else nullcontext(), tagged:
             compiled: Any = compile_fx(gm, example_inputs, config_patches=dict(self._settings.inductor))
         run: Callable[..., Any] = compiled
         return run
