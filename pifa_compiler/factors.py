@@ -98,6 +98,14 @@ class PifaFactors:
         return torch.cat((self.w_pivot, self.coeff @ self.w_pivot))[self.order()]
 
 
+def factors_of_zero(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> PifaFactors:
+    """A weight of zeros at rank 1, which `factorize` refuses, as there is nothing to choose pivot rows by."""
+    w_pivot = torch.zeros(1, in_features, dtype=dtype, device=device)
+    coeff = torch.zeros(out_features - 1, 1, dtype=dtype, device=device)
+    pivots = torch.zeros(1, dtype=torch.int64, device=device)
+    return PifaFactors(w_pivot, coeff, pivots, FactorQuality(max_coeff=0.0, condition=1.0, error=0.0))
+
+
 def row_order(pivots: Tensor, d_out: int) -> Tensor:
     """The gather index that puts rows stored as [pivots, others] back: [..., out], int64.
 

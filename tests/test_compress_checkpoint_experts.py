@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expert_models import EXPERTS, tiny_mixtral
+from safetensors.torch import load_file
 from stopped_runs import CONFIG, is_stopped, streamed, tokens
 from torch import nn
 
@@ -102,6 +103,17 @@ def test_every_option_does_what_it_does_in_compress(options, tmp_path):
     """With gate and up left dense, among them, which lie in one tensor that files have in parts."""
     report = assert_equal_to_compress(tiny_mixtral(), tmp_path, replace(CONFIG, **options))
     assert any(layer.name == f"{PLACE}.pifa.down_proj" for layer in report.factorized)
+
+
+def test_an_expert_of_weight_0_stays_0(tmp_path):
+    model = tiny_mixtral()
+    for parameter in model.get_submodule(PLACE).parameters():
+        torch.nn.init.zeros_(parameter[1])
+    report = assert_equal_to_compress(model, tmp_path)
+    assert len([layer for layer in report.factorized if ".experts.pifa." in layer.name]) == 3
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if ".experts.pifa." in name and name.endswith("w_pivot"):
+            assert [bool(tensor[expert].any()) for expert in range(2)] == [True, False]
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong

@@ -194,10 +194,10 @@ def find_linears(
             reason = f"no rank takes fewer numbers than a weight [{d_out}, {d_in}] has"
         elif uses[full_name] > 1 and exchangeable.in_files:
             reason = f"weight is used by {uses[full_name]} linears"
-        elif not exchangeable.in_files and not bool(own[full_name].any()):
-            reason = "its weight is 0"
         elif projection is not None:
             reason = None  # `experts_as_layers` has looked
+        elif not exchangeable.in_files and not bool(own[full_name].any()):
+            reason = "its weight is 0"
         else:
             reason = _why_left(model, graph, node, full_name, exchangeable)
         linear = FoundLinear(name, (d_out, d_in), projection)

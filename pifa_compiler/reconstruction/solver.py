@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..errors import RankError
-from ..factors import PifaFactors, Pivoting, factorize, factorize_jointly
+from ..factors import PifaFactors, Pivoting, factorize, factorize_jointly, factors_of_zero
 from ..graph.linears import read_weight, weight_name
 from ..graph.weights import Weights
 from ..processes import Processes
@@ -125,7 +125,10 @@ class GroupSolver:
                 notes = (f"row order of its own: {error}",)
         found = []
         for node, pair in zip(nodes, pairs, strict=True):
-            rank = self.linears[node].rank
+            rank, (u, v) = self.linears[node].rank, pair
+            if not (bool(u.any()) and bool(v.any())):
+                found.append(factors_of_zero(len(u), v.shape[1], dtype=dtype, device=u.device))
+                continue
             try:
                 found.append(factorize(pair, rank=rank, pivoting=self.pivoting, gram=gram, dtype=dtype))
             except RankError as error:
