@@ -106,8 +106,11 @@ def test_compiled_layers_use_it(dynamic: bool):
     assert any(str(record.outcome).startswith("basis_linear_cpu") for record in report)
 
 
-def test_one_token_and_one_basis_are_left_to_aten():
+def test_one_token_and_one_basis_are_left_to_aten_on_one_thread(monkeypatch: pytest.MonkeyPatch):
     against = basis_linear_cpu.FORM.reason_against
-    assert "one token" in against(Case("cpu", torch.float32, 512, 4096, 1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert against(Case("cpu", torch.float32, 512, 4096, 1)) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert "one thread" in against(Case("cpu", torch.float32, 512, 4096, 1))
     assert against(Case("cpu", torch.float32, 512, 4096, 1, groups=2)) is None
     assert against(Case("cpu", torch.float32, 512, 4096, None)) is None
