@@ -7,17 +7,15 @@ the tiles of `linear_triton_prefill`, but that their sums start from inputs. For
 one; the tiles are those of one linear. No gradients.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from triton import knobs
 
+from .form import check_dtypes
 from .linear_triton import DTYPES
-from .linear_triton_operator import precision_of_float32
+from .linear_triton_operator import define_operator, precision_of_float32
 from .linear_triton_tiles import Tile, fixed_decode_tile, fixed_prefill_tile, tokens_bucket
 
 
@@ -102,12 +100,7 @@ def fixed_tile(tokens: int, weight_rows: int, itemsize: int, hip: bool) -> Tile:
 
 
 def _check(x: Tensor, w_rest: Tensor, order: Tensor, bias: Tensor | None) -> None:
-    operands = [operand for operand in (x, w_rest, bias) if operand is not None]
-    if x.dtype not in DTYPES or len({operand.dtype for operand in operands}) != 1:
-        dtypes = [operand.dtype for operand in operands]
-        raise ValueError(
-            f"basis_linear_triton takes one of {DTYPES} throughout, got {dtypes}; cast, or use pifa::basis_linear"
-        )
+    check_dtypes("basis_linear_triton", "pifa::basis_linear", DTYPES, (x, w_rest, bias))
     fits = x.dim() > 0 and w_rest.dim() == order.dim() == 2 and 0 < w_rest.shape[1] < order.shape[1] == x.shape[-1]
     fits = fits and w_rest.shape[0] % (order.shape[0] * (order.shape[1] - w_rest.shape[1])) == 0
     if not fits or (bias is not None and bias.shape != w_rest.shape[:1]):
@@ -118,11 +111,7 @@ def _check(x: Tensor, w_rest: Tensor, order: Tensor, bias: Tensor | None) -> Non
         )
 
 
-if knobs.runtime.interpret:
-    # An interpreted kernel runs on real tensors only, so nothing can trace through the operator.
-    basis_linear_triton: Any = torch.library.custom_op("pifa::basis_linear_triton", launch, mutates_args=())
-else:
-    basis_linear_triton = torch.library.triton_op("pifa::basis_linear_triton", launch, mutates_args=())
+basis_linear_triton = define_operator("pifa::basis_linear_triton", launch)
 
 
 def _shape(x: Tensor, w_rest: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:

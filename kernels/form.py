@@ -4,7 +4,7 @@ Each form of `pifa::linear`, `pifa::grouped_linear` or `pifa::basis_linear` is a
 `Form`; `FORMS`, in `passes/lower.py`, lists them by operator and by type of device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +52,18 @@ class Form:
     dtypes: tuple[torch.dtype, ...]
     reason_against: Callable[[Case], str | None]
     linear: Linear
+
+
+def check_dtypes(operator: str, plain: str, dtypes: Sequence[torch.dtype], operands: Iterable[Tensor | None]) -> None:
+    """Refuses operands that do not all have one and the same of `dtypes`; those that are None are passed over.
+
+    Args:
+        operator: of a form, by name.
+        plain: the operator that takes any.
+
+    Raises:
+        ValueError: saying what came.
+    """
+    got = [operand.dtype for operand in operands if operand is not None]
+    if got[0] not in dtypes or len(set(got)) > 1:
+        raise ValueError(f"{operator} takes one of {tuple(dtypes)} throughout, got {got}; cast, or use {plain}")

@@ -9,18 +9,16 @@ at once. As there, order and bias are operations of ATen behind the kernels, whi
 The tiles are those of linears with as many rows as an expert has on average.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from triton import knobs
 
+from .form import check_dtypes
 from .grouped_linear import add_bias, undo_order
 from .linear_triton import DTYPES
-from .linear_triton_operator import MAX_STRIDE, precision_of_float32
+from .linear_triton_operator import MAX_STRIDE, define_operator, precision_of_float32
 from .linear_triton_prefill import GROUP_M, store_tile
 from .linear_triton_tiles import Tile, fixed_decode_tile, fixed_prefill_tile, tokens_bucket
 
@@ -121,11 +119,7 @@ def fixed_tile(rows: int, experts: int, weight_rows: int, itemsize: int, hip: bo
 
 def _check(x: Tensor, w_pivot: Tensor, coeff: Tensor, bias: Tensor | None, ends: Tensor) -> None:
     operands = [x, w_pivot, coeff, *(() if bias is None else (bias,))]
-    if x.dtype not in DTYPES or len({operand.dtype for operand in operands}) != 1:
-        dtypes = [operand.dtype for operand in operands]
-        raise ValueError(
-            f"grouped_linear_triton takes one of {DTYPES} throughout, got {dtypes}; cast, or use pifa::grouped_linear"
-        )
+    check_dtypes("grouped_linear_triton", "pifa::grouped_linear", DTYPES, operands)
     fits = [operand.dim() for operand in operands] == [2, 3, 3, 2][: len(operands)] and w_pivot.shape[1] > 0
     fits = fits and (x.shape[1], len(w_pivot), w_pivot.shape[1]) == (w_pivot.shape[2], len(coeff), coeff.shape[2])
     if not fits or ends.shape != (len(w_pivot),):
@@ -136,11 +130,7 @@ def _check(x: Tensor, w_pivot: Tensor, coeff: Tensor, bias: Tensor | None, ends:
         )
 
 
-if knobs.runtime.interpret:
-    # An interpreted kernel runs on real tensors only, so nothing can trace through the operator.
-    grouped_linear_triton: Any = torch.library.custom_op("pifa::grouped_linear_triton", launch, mutates_args=())
-else:
-    grouped_linear_triton = torch.library.triton_op("pifa::grouped_linear_triton", launch, mutates_args=())
+grouped_linear_triton = define_operator("pifa::grouped_linear_triton", launch)
 
 
 def _shape(

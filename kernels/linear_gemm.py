@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import linear as _defines_the_library  # noqa: F401
-from .form import Case, Form
+from .form import Case, Form, check_dtypes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,9 +41,7 @@ def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, w_pivot: Tensor, coeff: Tensor) -> None:
-    dtypes = [t.dtype for t in (x, w_pivot, coeff)]
-    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-        raise ValueError(f"linear_gemm takes one of {DTYPES} throughout, got {dtypes}; cast, or use pifa::linear")
+    check_dtypes("linear_gemm", "pifa::linear", DTYPES, (x, w_pivot, coeff))
     if x.dim() == 0 or x.shape[-1] != w_pivot.shape[1] or coeff.shape[1] != w_pivot.shape[0]:
         shapes = [tuple(t.shape) for t in (x, w_pivot, coeff)]
         raise ValueError(f"linear_gemm takes x [..., in], w_pivot [r, in] and coeff [out - r, r], got {shapes}")

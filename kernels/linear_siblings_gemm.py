@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import linear as _defines_the_library  # noqa: F401
+from .form import check_dtypes
 from .linear_gemm import DTYPES
 from .side_by_side import as_one
 
@@ -138,9 +139,7 @@ def check_siblings(operator: str, x: Tensor, w_pivots: Sequence[Tensor], coeffs:
     Raises:
         ValueError: saying what came.
     """
-    dtypes = [t.dtype for t in (x, *w_pivots, *coeffs)]
-    if x.dtype not in DTYPES or len(set(dtypes)) > 1:
-        raise ValueError(f"{operator} takes one of {DTYPES} throughout, got {dtypes}; cast, or use pifa::linear")
+    check_dtypes(operator, "pifa::linear", DTYPES, (x, *w_pivots, *coeffs))
     shapes = [tuple(x.shape), [tuple(w.shape) for w in w_pivots], [tuple(c.shape) for c in coeffs]]
     fits = x.dim() > 0 and 0 < len(w_pivots) == len(coeffs)
     if not fits or any(

@@ -12,6 +12,7 @@ The tiles were timed on an H200 (`benchmarks/results/gpu_tiles.csv`), and so was
 (`gpu.md` beside it). What the compilers make of every tile for chips that were not at hand is in `kernels.md`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import linear as _defines_the_library  # noqa: F401
+from .form import check_dtypes
 from .linear_triton import DTYPES
 from .linear_triton_decode import MAX_TOKENS, decode
 from .linear_triton_dependent import decode_dependently, launches_depend
@@ -69,9 +71,7 @@ def launch(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias
 
 
 def _check(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> None:
-    if x.dtype not in DTYPES or {x.dtype} != {t.dtype for t in (x, w_pivot, coeff, bias) if t is not None}:
-        dtypes = [t.dtype for t in (x, w_pivot, coeff, bias) if t is not None]
-        raise ValueError(f"linear_triton takes one of {DTYPES} throughout, got {dtypes}; cast, or use pifa::linear")
+    check_dtypes("linear_triton", "pifa::linear", DTYPES, (x, w_pivot, coeff, bias))
     rank, others = w_pivot.shape[0], coeff.shape[0]
     shapes = [None if t is None else tuple(t.shape) for t in (x, w_pivot, coeff, order, bias)]
     fits = x.dim() > 0 and x.shape[-1] == w_pivot.shape[1] and rank > 0 and coeff.shape[1] == rank
@@ -94,11 +94,16 @@ def tunes() -> bool:
     return bool(config.max_autotune) and not knobs.runtime.interpret
 
 
-if knobs.runtime.interpret:
-    # An interpreted kernel runs on real tensors only, so nothing can trace through the operator.
-    linear_triton: Any = torch.library.custom_op("pifa::linear_triton", launch, mutates_args=())
-else:
-    linear_triton = torch.library.triton_op("pifa::linear_triton", launch, mutates_args=())
+def define_operator(name: str, launch: Callable[..., Tensor | list[Tensor]]) -> Any:
+    """The operator `name` that launches kernels, which Inductor traces through to them.
+
+    An interpreted kernel runs on real tensors only, so nothing can trace through its operator.
+    """
+    define = torch.library.custom_op if knobs.runtime.interpret else torch.library.triton_op
+    return define(name, launch, mutates_args=())
+
+
+linear_triton = define_operator("pifa::linear_triton", launch)
 
 
 def _shape(x: Tensor, w_pivot: Tensor, coeff: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from triton import knobs
 
 from .linear_siblings_gemm import check_siblings
 from .linear_triton_decode import MAX_TOKENS, product
 from .linear_triton_dependent import decode_siblings_dependently, launches_depend
-from .linear_triton_operator import MAX_STRIDE, precision_of_float32, tunes
+from .linear_triton_operator import MAX_STRIDE, define_operator, precision_of_float32, tunes
 from .linear_triton_prefill import GROUP_M, store_tile
 from .linear_triton_siblings_decode import AT_ONCE, decode_siblings
 from .linear_triton_tiles import fixed_siblings_tile, siblings_tiles, tokens_bucket
@@ -232,6 +231,5 @@ def _shapes(
     return [x.new_empty(*x.shape[:-1], w.shape[0] + c.shape[0]) for w, c in zip(w_pivots, coeffs, strict=True)]
 
 
-_define = torch.library.custom_op if knobs.runtime.interpret else torch.library.triton_op
-linear_siblings_triton: Any = _define("pifa::linear_siblings_triton", _launch, mutates_args=())
+linear_siblings_triton = define_operator("pifa::linear_siblings_triton", _launch)
 linear_siblings_triton.register_fake(_shapes)

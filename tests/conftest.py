@@ -21,6 +21,14 @@ def capture(request: pytest.FixtureRequest) -> Capture:
     return request.param
 
 
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def _one_and_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

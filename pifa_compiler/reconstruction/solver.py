@@ -14,7 +14,7 @@ from ..graph.linears import read_weight, weight_name
 from ..graph.weights import Weights
 from ..processes import Processes
 from ..report import LayerReport
-from .methods import LowRank, Method, MethodOptions, Solve, svd
+from .methods import LowRank, Method, MethodOptions, Solve, truncate
 from .selection import RankedLinear
 from .statistics import Statistics, relative_error
 from .sweep import Group
@@ -79,13 +79,10 @@ class GroupSolver:
 
     def _solve(self, group: Group, statistics: Statistics) -> dict[Node, Solved]:
         members = [node for node in group.members if self.linears[node].rank is not None]
-        # Of inputs that are 0 no method learns anything, and all but this one would make the weight 0.
-        is_blind = not bool(statistics.gram.any())
-        prepare = svd if is_blind else self.method.prepare
-        make_low_rank = prepare(statistics, self.options)
+        make_low_rank = self.method.prepare(statistics, self.options) if bool(statistics.gram.any()) else _nearest
         found: dict[str, LowRank] = {}
         for place in self.processes.own(len(members)):
-            found[members[place].name] = self._low_rank(make_low_rank, members[place], statistics, is_blind)
+            found[members[place].name] = self._low_rank(make_low_rank, members[place], statistics)
         low_rank = self._of_all(found, members)
         sets = _sets_of_one_order(members, self.linears, self.one_order)
         solved: dict[str, Solved] = {}
@@ -104,10 +101,8 @@ class GroupSolver:
             of_all |= each
         return {node: of_all[node.name] for node in members}
 
-    def _low_rank(self, make_low_rank: Solve, node: Node, statistics: Statistics, is_blind: bool) -> LowRank:
+    def _low_rank(self, make_low_rank: Solve, node: Node, statistics: Statistics) -> LowRank:
         rank, weight, name = self.linears[node].rank, read_weight(self.weights, node).double(), weight_name(node)
-        if is_blind:
-            return replace(make_low_rank(weight, rank), notes=("all inputs are 0: nearest to the weight itself",))
         sums = {"output_cross": statistics.output_cross.get(name), "gradient_gram": self.gradient_grams.get(name)}
         # From a working folder they come on the CPU.
         known = {what: matrix.to(weight.device) for what, matrix in sums.items() if matrix is not None}
@@ -143,6 +138,11 @@ class GroupSolver:
         return LayerReport.of_factors(
             linear.name, factors.shape, factors.rank, factors.quality, error=error, notes=notes
         )
+
+
+def _nearest(weight: Tensor, rank: int, **sums: Tensor) -> LowRank:
+    """A `Solve` for inputs that are 0, of which no method learns anything, and most would make the weight 0."""
+    return LowRank(*truncate(weight, rank), ("all inputs are 0: nearest to the weight itself",))
 
 
 def _sets_of_one_order(

@@ -1,52 +1,27 @@
-import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from basis_operands import DTYPES, SIZES, TOKENS, check_errors, operands
-from pifa_compiler.kernels import basis_linear, basis_linear_cpu, linear_cpu
+from pifa_compiler.kernels import basis_linear, basis_linear_cpu
 from pifa_compiler.kernels.form import Case
 from torch import nn
-from torch._inductor.cpu_vec_isa import VecISA, invalid_vec_isa, pick_vec_isa, valid_vec_isa_list
+from vector_widths import WIDTHS, built_for
 
 from pifa_compiler.basis_linear import BasisLinear
 
 pytestmark = pytest.mark.skipif(basis_linear_cpu.load() is not None, reason=str(basis_linear_cpu.load()))
 
 native = torch.ops.pifa.basis_linear_cpu
-NARROWER = {isa.bit_width(): isa for isa in valid_vec_isa_list() if isa.bit_width() < pick_vec_isa().bit_width()}
 
 
-@functools.cache
-def built_for(isa: VecISA) -> Any:
-    """The operator built for narrower vectors than the machine's, in a namespace of its own."""
-    namespace = f"pifa_basis_{isa.bit_width()}"
-    library = torch.library.Library(namespace, "FRAGMENT")
-    library.define(basis_linear_cpu.SCHEMA)
-    torch.ops.load_library(str(linear_cpu.build(isa, namespace, basis_linear_cpu.SOURCE)))
-    return library, getattr(torch.ops, namespace).basis_linear_cpu
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(None, id="widest vectors"),
-        *(pytest.param(isa, id=f"{width} bits") for width, isa in NARROWER.items()),
-        pytest.param(invalid_vec_isa, id="no vectors", marks=pytest.mark.slow),
-    ]
-)
+@pytest.fixture(params=WIDTHS)
 def operator(request: pytest.FixtureRequest) -> Any:
     """The operator built for vectors of every width that the machine has."""
-    return native if request.param is None else built_for(request.param)[1]
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    if request.param is None:
+        return native
+    return built_for(request.param, basis_linear_cpu.SOURCE, (basis_linear_cpu.SCHEMA,))[1].basis_linear_cpu
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +31,7 @@ def test_values_against_float64(operator: Any, size: tuple[int, ...], dtype: tor
         check_errors(operator, operands(size, tokens, dtype, bias))
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_one_and_two_threads")
 def test_threads_share_the_rows():
     for dtype in DTYPES:
         check_errors(native, operands((5, 12, 64, 96, 3), 40, dtype))

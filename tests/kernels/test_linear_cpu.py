@@ -1,11 +1,9 @@
 import ctypes
-import functools
 import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import torch
 from pifa_compiler.kernels import linear_cpu, linear_ref
 from torch import Tensor
 from torch._inductor.cpp_builder import CppBuilder
-from torch._inductor.cpu_vec_isa import VecISA, invalid_vec_isa, pick_vec_isa, valid_vec_isa_list
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from vector_widths import WIDTHS, built_for
 
 from pifa_compiler.errors import CacheError
 
@@ -61,41 +60,15 @@ def inside_nan(values: Tensor) -> Tensor:
     return storage[128 : 128 + values.numel()].view(values.shape)
 
 
-NARROWER = {isa.bit_width(): isa for isa in valid_vec_isa_list() if isa.bit_width() < pick_vec_isa().bit_width()}
-
-
-@functools.cache
-def built_for(isa: VecISA) -> Any:
-    """The operators built for narrower vectors than the machine's, in a namespace of their own."""
-    namespace = f"pifa_{isa.bit_width()}"
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for schema in linear_cpu.SCHEMAS:
-        library.define(schema)
-    torch.ops.load_library(str(linear_cpu.build(isa, namespace)))
-    return library, getattr(torch.ops, namespace)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(None, id="widest vectors"),
-        *(pytest.param(isa, id=f"{width} bits") for width, isa in NARROWER.items()),
-        pytest.param(invalid_vec_isa, id="no vectors", marks=pytest.mark.slow),
-    ]
-)
+@pytest.fixture(params=WIDTHS)
 def operators(request: pytest.FixtureRequest) -> Any:
     """The namespace of operators that are built for vectors of every width that the machine has."""
-    return torch.ops.pifa if request.param is None else built_for(request.param)[1]
+    if request.param is None:
+        return torch.ops.pifa
+    return built_for(request.param, linear_cpu.SOURCE, linear_cpu.SCHEMAS)[1]
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_one_and_two_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("d_in", "d_out", "rank"), [(64, 128, 32), (33, 65, 17), (100, 70, 70), (31, 96, 1), (5, 7, 3)]
@@ -111,7 +84,7 @@ def test_values_against_float64(operators: Any, d_in: int, d_out: int, rank: int
         assert ((y - wanted).abs() <= largest_error(x, w_pivot, coeff, order)).all(), tokens
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_one_and_two_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 6, 40, 300], ids=["one", "few", "apart", "joined"])
 def test_siblings_against_float64(operators: Any, tokens: int, dtype: torch.dtype):
