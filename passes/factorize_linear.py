@@ -84,10 +84,11 @@ def rank_exceeds(weight: Tensor, rank: int) -> bool:
     Of a random square part with a few rows more than `rank`, the LU's last pivots are rounding noise if the weight's
     rank is at most `rank`. In multiples of eps * rms * sqrt(size) / (2 sqrt 3), the noise of a rounded entry summed up,
     their median was at most 8 there for bfloat16 and at least 50 for random weights of full rank (64 to 1500 rows); the
-    elimination's own noise in float32 was at most size / 2 of such multiples of its eps.
+    elimination's own noise in float32 was at most size / 2 of such multiples of its eps. Fewer than eight last pivots
+    have no median to rely on; weights that leave no more rows are small, and looked at exactly.
     """
     size = min(*weight.shape, rank + max(8, rank // 32))
-    if size <= rank:
+    if size < rank + 8:
         return False
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(n, generator=generator)[:size].to(weight.device) for n in weight.shape)
